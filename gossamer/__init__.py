@@ -1,0 +1,18 @@
+"""Gossamer turns a pretrained dense video diffusion transformer into a sparse one."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "attach": "gossamer.sparse.attach",
+    "detach": "gossamer.sparse.attach",
+    "load_pipeline": "gossamer.train.pipeline",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> object:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
