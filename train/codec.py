@@ -79,7 +79,10 @@ class PCACodec:
         values = 3 * patch[0] * patch[1] * patch[2]
         if not 1 <= self.channels <= values:
             raise Refusal(
-                "codec.channels", self.channels, f"1 to {values}", f"patch {patch} has that many values"
+                "codec.channels",
+                self.channels,
+                f"1 to {values}",
+                f"patch {patch} has that many values",
             )
         if not 0.0 <= self.power <= 1.0:
             raise Refusal("codec.power", self.power, "0 to 1", "use 0.5, or 1 to whiten")
@@ -138,7 +141,10 @@ class PCACodec:
         basis, mean, scale, residual = self._fitted()
         if latents.ndim != 5 or latents.shape[1] != self.channels:
             raise Refusal(
-                "latents.shape", tuple(latents.shape), f"[B, {self.channels}, f, h, w]", "use this codec's"
+                "latents.shape",
+                tuple(latents.shape),
+                f"[B, {self.channels}, f, h, w]",
+                "use this codec's",
             )
         cells = latents.to(self.device, torch.float32).permute(0, 2, 3, 4, 1)
         return _from_patches((cells * scale + mean) @ basis + residual, self.compression)
@@ -206,17 +212,24 @@ class PCACodec:
             self._scale = torch.tensor(config["latents_std"], dtype=torch.float32)
         except (OSError, SafetensorError, KeyError) as error:
             raise Refusal(
-                "codec.path", folder, f"a folder with {CONFIG_FILE} and {BASIS_FILE}", f"fit again: {error}"
+                "codec.path",
+                folder,
+                f"a folder with {CONFIG_FILE} and {BASIS_FILE}",
+                f"fit again: {error}",
             ) from error
         values = 3 * self.compression[0] * self.compression[1] * self.compression[2]
         expected = {"basis": (self.channels, values), "residual": (values,)}
         for name, shape in expected.items():
             if tuple(tensors[name].shape) != shape or not tensors[name].isfinite().all():
-                raise Refusal(f"codec {name}", tuple(tensors[name].shape), f"finite {shape}", "fit again")
+                raise Refusal(
+                    f"codec {name}", tuple(tensors[name].shape), f"finite {shape}", "fit again"
+                )
 
     def _fitted(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if self._basis is None:
-            raise Refusal("codec", "not fitted", "a fitted PCACodec", "give path=, or run gossamer encode")
+            raise Refusal(
+                "codec", "not fitted", "a fitted PCACodec", "give path=, or run gossamer encode"
+            )
         return self._basis, self._mean, self._scale, self._residual
 
     def _check_video(self, video: Tensor) -> None:
@@ -240,7 +253,10 @@ class DiffusersVAECodec:
             vae = AutoencoderKLWan.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError) as error:
             raise Refusal(
-                "codec.path", folder, "a folder with an AutoencoderKLWan", f"check its files: {error}"
+                "codec.path",
+                folder,
+                "a folder with an AutoencoderKLWan",
+                f"check its files: {error}",
             ) from error
         self._vae = vae.eval().requires_grad_(False)
         self.device = torch.device("cpu")
@@ -317,7 +333,10 @@ def _check_size(frames: int, height: int, width: int, codec: Codec) -> None:
     for name, value, size in zip(("height", "width"), (height, width), space, strict=True):
         if value < size or value % size:
             raise Refusal(
-                name, value, f"a multiple of {size}", f"use e.g. {name}={max(size, value // size * size)}"
+                name,
+                value,
+                f"a multiple of {size}",
+                f"use e.g. {name}={max(size, value // size * size)}",
             )
 
 

@@ -59,7 +59,7 @@ class HashedWords:
 
 
 class PipelineText:
-    """The tokenizer and UMT5 text encoder of a diffusers pipeline folder, as WanPipeline uses them."""
+    """Tokenizer and UMT5 text encoder of a diffusers pipeline folder, as WanPipeline uses them."""
 
     def __init__(self, *, path: str | Path, max_length: int = 512) -> None:
         from transformers import AutoTokenizer, UMT5EncoderModel
@@ -68,7 +68,10 @@ class PipelineText:
         for part in ("tokenizer", "text_encoder"):
             if not (folder / part).is_dir():
                 raise Refusal(
-                    "text.path", folder, f"a diffusers pipeline folder with {part}/", "check the path"
+                    "text.path",
+                    folder,
+                    f"a diffusers pipeline folder with {part}/",
+                    "check the path",
                 )
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(
@@ -79,7 +82,10 @@ class PipelineText:
             )
         except (OSError, ValueError) as error:
             raise Refusal(
-                "text.path", folder, "a folder with a UMT5 text encoder", f"check its files: {error}"
+                "text.path",
+                folder,
+                "a folder with a UMT5 text encoder",
+                f"check its files: {error}",
             ) from error
         self._encoder = encoder.eval().requires_grad_(False)
         self.dim, self.length = int(encoder.config.d_model), max_length

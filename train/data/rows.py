@@ -1,0 +1,153 @@
+"""Clips -> codec -> rows -> shards, and the record of what was left out."""
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from gossamer.train.codec import Codec
+from gossamer.train.data.clips import Clip, with_copies
+from gossamer.train.data.settings import EncodeSettings
+from gossamer.train.data.shards import Manifest, Row, ShardWriter, publish, to_bytes
+from gossamer.train.data.videos import Video
+from gossamer.train.refusal import Refusal
+from gossamer.train.text import TextEncoder
+
+BAD_SHARE = 0.05
+
+
+class RowWriter:
+    """Takes one video after another; `finish` writes the manifest, or refuses."""
+
+    def __init__(
+        self, out: Path, settings: EncodeSettings, codec: Codec, text: TextEncoder, batch_size: int
+    ) -> None:
+        self._out, self._settings, self._codec, self._text = out, settings, codec, text
+        self._batch_size = batch_size
+        prints = {"codec": codec.fingerprint, "text": text.fingerprint}
+        self._shards = ShardWriter(out, settings.rows_per_shard, prints)
+        self._seen, self._bad = 0, []
+        self._sources: list[dict] = []
+        self._skipped: list[dict] = []
+        self._splits: Counter[str] = Counter()
+
+    def add(self, video: Video) -> None:
+        """Encode one video's clips with their copies."""
+        name = video.item.name
+        self._seen += 1
+        if video.footage is None:
+            self._bad.append({"video": name, "reason": video.bad})
+            return
+        self._sources.append(
+            {"name": name, "frames": len(video.footage.frames), "shots": video.shots}
+        )
+        self._skipped += [{"video": name, **dataclasses.asdict(shot)} for shot in video.skipped]
+        text = self._text.encode([video.item.caption])[0]  # [L, dim]
+        text = text[: int(text.any(1).nonzero().max()) + 1] if text.any() else text[:0]
+        clips = with_copies(video.clips, self._settings.augment)
+        with tqdm(total=len(clips), desc=name, unit="clip", disable=None) as bar:
+            for start in range(0, len(clips), self._batch_size):
+                batch = clips[start : start + self._batch_size]
+                for row in self._rows(video, batch, text):
+                    self._shards.add(row)
+                    self._splits[row.split] += 1
+                bar.update(len(batch))
+
+    def finish(self, request: dict) -> Manifest:
+        """Write what is left and the manifest; refuse on too many bad videos or no clip."""
+        _publish_lines(self._out / "bad_clips.jsonl", self._bad)
+        _publish_lines(self._out / "skipped.jsonl", self._skipped)
+        if len(self._bad) > BAD_SHARE * self._seen:
+            first = "; ".join(f"{bad['video']}: {bad['reason']}" for bad in self._bad[:5])
+            raise Refusal(
+                "source",
+                f"{len(self._bad)} of {self._seen} videos unusable",
+                f"at most {BAD_SHARE:.0%}",
+                f"mend or remove those listed in {self._out / 'bad_clips.jsonl'}, first: {first}",
+            )
+        shards = self._shards.close()
+        if not shards:
+            reasons = Counter(shot["reason"].split(":")[0] for shot in self._skipped)
+            raise Refusal(
+                "source",
+                f"0 clips ({dict(reasons)} shots skipped)",
+                "at least one clip",
+                "lower frames or min_motion, or give longer videos",
+            )
+        self._codec.save(self._out / "codec")
+        manifest = Manifest(
+            request=request,
+            codec={
+                "fingerprint": self._codec.fingerprint,
+                "channels": self._codec.channels,
+                "compression": list(self._codec.compression),
+            },
+            text={
+                "fingerprint": self._text.fingerprint,
+                "length": self._text.length,
+                "dim": self._text.dim,
+            },
+            sources=self._sources,
+            shards=shards,
+            splits=dict(sorted(self._splits.items())),
+            skipped_shots=len(self._skipped),
+            bad_clips=len(self._bad),
+        )
+        manifest.save(self._out)
+        return manifest
+
+    def _rows(self, video: Video, clips: list[Clip], text: Tensor) -> Iterator[Row]:
+        cuts = [video.pixels(clip, self._settings.seed) for clip in clips]
+        pixels = torch.stack([cut for cut, _ in cuts]).to(self._codec.device)  # [B, 3, F, H, W]
+        latents = self._codec.encode(pixels)
+        conditions: Tensor | None = None
+        if self._settings.condition == "first_frame":
+            conditions = self._codec.encode(pixels[:, :, :1].expand_as(pixels))
+        for index, (clip, (cut, augment)) in enumerate(zip(clips, cuts, strict=True)):
+            latent = latents[index]
+            if not latent.isfinite().all():
+                raise Refusal(
+                    f"latent of {clip.clip_id}",
+                    "NaN or Inf",
+                    "finite numbers",
+                    "check the codec's weights",
+                )
+            condition = latent.new_zeros(0) if conditions is None else conditions[index]
+            yield Row(
+                clip_id=clip.clip_id,
+                source=video.item.name,
+                start=clip.start,
+                frames=clip.frames,
+                fps=video.footage.fps if video.footage else 0.0,
+                height=self._settings.height,
+                width=self._settings.width,
+                shot_start=clip.shot.start,
+                shot_end=clip.shot.end,
+                split=clip.split,
+                augment=augment,
+                latent=to_bytes(latent),
+                latent_shape=list(latent.shape),
+                condition=to_bytes(condition),
+                condition_shape=[] if conditions is None else list(condition.shape),
+                text=to_bytes(text),
+                text_shape=list(text.shape),
+                prompt=video.item.caption,
+                content_sha256=_pixel_hash(cut),
+            )
+
+
+def _pixel_hash(video: Tensor) -> str:
+    pixels = video.add(1).mul_(127.5).round_().to(torch.uint8)
+    return hashlib.sha256(pixels.contiguous().numpy()).hexdigest()
+
+
+def _publish_lines(path: Path, entries: list[dict]) -> None:
+    publish(
+        path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode()
+    )

@@ -1,0 +1,118 @@
+"""Decode a video once: uint8 frames of the wanted size, and the signals for cut detection."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+
+from gossamer.train.data.shots import ChangeMeter
+
+if TYPE_CHECKING:
+    import av
+
+METER_SIZE = (128, 72)  # width, height: cuts and motion are measured alike whatever the target size
+
+
+class BadClip(Exception):
+    """A video that cannot be used; `reason` goes to bad_clips.jsonl."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(" ".join(reason.split()))
+        self.reason = str(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Footage:
+    """One decoded video, in memory-mapped files that vanish with it."""
+
+    frames: np.ndarray  # uint8 [F, H, W, 3]
+    wide: np.ndarray  # uint8 [F, H', W', 3], H' >= H: what crop-zoom copies are cut from
+    fps: float
+    histogram_distance: np.ndarray  # [F - 1], see shots.py
+    change: np.ndarray  # [F - 1]
+
+
+def read_video(
+    path: Path,
+    *,
+    height: int,
+    width: int,
+    scratch: Path,
+    fps: float | None = None,
+    zoom: float = 1.0,
+) -> Footage:
+    """Decode, resize to cover height x width, crop the centre; rotation flags are ignored.
+
+    `fps` drops or repeats whole frames; None keeps them. `zoom` > 1 also keeps frames up to that
+    much larger, as far as the source has the detail. Raises BadClip.
+    """
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise BadClip("no video stream")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            source_fps = stream.average_rate or stream.guessed_rate or Fraction(24)
+            zoom = min(zoom, stream.width / width, stream.height / height)
+            wide = (int(height * zoom), int(width * zoom)) if zoom > 1 else (height, width)
+            frames = _resampled(container.decode(stream), source_fps, fps)
+            return _store(frames, (height, width), wide, float(fps or source_fps), scratch)
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise BadClip(f"{type(error).__name__}: {error}") from error
+
+
+def _resampled(
+    frames: Iterator["av.VideoFrame"], source_fps: Fraction, fps: float | None
+) -> Iterator["av.VideoFrame"]:
+    ratio = Fraction(fps).limit_denominator(1001) / source_fps if fps else Fraction(1)
+    for number, frame in enumerate(frames):
+        for _ in range(int((number + 1) * ratio) - int(number * ratio)):
+            yield frame
+
+
+def _store(
+    frames: Iterator["av.VideoFrame"],
+    size: tuple[int, int],
+    wide_size: tuple[int, int],
+    fps: float,
+    scratch: Path,
+) -> Footage:
+    meter, count = ChangeMeter(), 0
+    with (
+        tempfile.TemporaryFile(dir=scratch) as file,
+        tempfile.TemporaryFile(dir=scratch) as wide_file,
+    ):
+        for frame in frames:
+            small = frame.reformat(*METER_SIZE, format="rgb24", interpolation="AREA")
+            meter.add(small.to_ndarray())
+            file.write(_cover(frame, *size).tobytes())
+            if wide_size != size:
+                wide_file.write(_cover(frame, *wide_size).tobytes())
+            count += 1
+        if count == 0:
+            raise BadClip("no frame could be decoded")
+        stored = _mapped(file, (count, *size, 3))
+        wide = stored if wide_size == size else _mapped(wide_file, (count, *wide_size, 3))
+    return Footage(stored, wide, fps, *meter.signals())
+
+
+def _mapped(file: BinaryIO, shape: tuple[int, ...]) -> np.ndarray:
+    file.flush()
+    return np.memmap(file, dtype=np.uint8, mode="r", shape=shape)
+
+
+def _cover(frame: "av.VideoFrame", height: int, width: int) -> np.ndarray:
+    """Scale the frame, keeping its aspect, until it covers the size; then crop the centre."""
+    scale = max(width / frame.width, height / frame.height)
+    scaled_width = max(width, round(frame.width * scale))
+    scaled_height = max(height, round(frame.height * scale))
+    method = "AREA" if scale < 1 else "BICUBIC"
+    scaled = frame.reformat(scaled_width, scaled_height, format="rgb24", interpolation=method)
+    top, left = (scaled_height - height) // 2, (scaled_width - width) // 2
+    return scaled.to_ndarray()[top : top + height, left : left + width]
