@@ -1,0 +1,134 @@
+"""The values that each key of conf/config.yaml may take."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from gossamer.train.refusal import Refusal
+from gossamer.train.suggest import nearest
+
+STAGES = ("encode", "calibrate", "train", "evaluate", "export", "report")
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "device": ("auto", "cpu", "cuda"),
+    "backend": ("auto", "reference", "triton"),
+    "resume": ("auto", "force", "never"),
+    "data.condition": ("none", "first_frame"),
+    "model.condition": ("none", "first_frame"),
+}
+
+
+def _whole(low: int) -> tuple[str, Callable[[Any], bool]]:
+    return f"a whole number of at least {low}", lambda value: value >= low
+
+
+def _finite(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
+def _all(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: len(values) > 0 and all(test(value) for value in values)
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
+
+
+def _is_run_name(value: str) -> bool:
+    path = PurePath(value)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "name": ("a relative folder name without ..", _is_run_name),
+    "seed": ("a whole number from 0 to 2**32 - 1", _is_seed),
+    "repeat_seeds": (
+        "a list of different seeds from 0 to 2**32 - 1",
+        lambda seeds: all(_is_seed(seed) for seed in seeds) and len(set(seeds)) == len(seeds),
+    ),
+    "sparsity": (
+        "a number in [0, 1): every query keeps at least one key block",
+        lambda value: 0 <= value < 1,
+    ),
+    "steps": _whole(1),
+    "batch_size": _whole(1),
+    "grad_accumulation": _whole(1),
+    "optimizer.lr": ("a finite number above 0", lambda lr: 0 < lr < math.inf),
+    "optimizer.betas": (
+        "two numbers in [0, 1)",
+        lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+    ),
+    "optimizer.weight_decay": ("a finite number of at least 0", _finite),
+    "optimizer.warmup": _whole(0),
+    "optimizer.final_lr": ("a number in [0, 1]", lambda value: 0 <= value <= 1),
+    "optimizer.clip": ("a number above 0 (.inf: no clipping)", lambda value: value > 0),
+    "ema": ("a number in [0, 1)", lambda value: 0 <= value < 1),
+    "num_workers": _whole(0),
+    "log_every": _whole(1),
+    "checkpoint_every": _whole(1),
+    "keep_checkpoints": (
+        "a whole number of at least 2: the newest may be damaged",
+        lambda value: value >= 2,
+    ),
+    "calibration.clips": _whole(1),
+    "calibration.noise_levels": ("numbers in (0, 1]", _all(lambda t: 0 < t <= 1)),
+    "calibration.densities": ("numbers in (0, 1]", _all(lambda density: 0 < density <= 1)),
+    "calibration.probes": _whole(1),
+    "evaluation.clips": _whole(1),
+    "evaluation.noise_levels": ("numbers in (0, 1]", _all(lambda t: 0 < t <= 1)),
+    "evaluation.sample_clips": _whole(0),
+    "evaluation.sample_steps": _whole(1),
+    "evaluation.batch_size": _whole(1),
+    "data.height": _whole(1),
+    "data.width": _whole(1),
+    "data.frames": _whole(1),
+    "data.stride": _whole(1),
+    "data.fps": ("null or a finite number above 0", lambda fps: fps is None or 0 < fps < math.inf),
+    "data.holdout": ("a number in [0, 1)", lambda share: 0 <= share < 1),
+    "data.min_motion": ("a finite number of at least 0", _finite),
+    "data.augment": _whole(0),
+    "data.max_clips": ("null or a whole number of at least 1", lambda n: n is None or n >= 1),
+}
+
+
+def validate(cfg: DictConfig) -> None:
+    """Refuse the first value that is out of its range; types were checked when it was composed."""
+    for key, options in _CHOICES.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not OmegaConf.is_missing(cfg, key) and value not in options:
+            _refuse_choice(key, value, options)
+    for key, (allowed, is_allowed) in _RANGES.items():
+        if _is_present(cfg, key) and not _holds(is_allowed, OmegaConf.select(cfg, key)):
+            raise Refusal(key, OmegaConf.select(cfg, key), allowed, f"give {key} such a value")
+    _check_stages(cfg.stages)
+
+
+def _check_stages(stages: Sequence[str]) -> None:
+    for stage in stages:
+        if stage not in STAGES:
+            _refuse_choice("stages", stage, STAGES)
+    if not stages or sorted(stages, key=STAGES.index) != list(dict.fromkeys(stages)):
+        order = "[" + ",".join(STAGES) + "]"
+        raise Refusal("stages", list(stages), f"some of {order}, in this order", "reorder them")
+
+
+def _refuse_choice(key: str, value: object, options: Sequence[str]) -> None:
+    fix = nearest(str(value), options) or f"give {key} one of them"
+    raise Refusal(key, value, ", ".join(options), fix)
+
+
+def _is_present(cfg: DictConfig, key: str) -> bool:
+    """Tell whether the chosen options have this key; a data set of another kind may not."""
+    group, _, name = key.rpartition(".")
+    node = OmegaConf.select(cfg, group) if group else cfg
+    return isinstance(node, Mapping | DictConfig) and name in node
+
+
+def _holds(is_allowed: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return is_allowed(value)
+    except TypeError:
+        return False
