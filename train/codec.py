@@ -12,6 +12,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from gossamer.train.geometry import check_size, check_video, from_patches, to_patches
 from gossamer.train.refusal import Refusal
 
 CONFIG_FILE = "config.json"
@@ -105,8 +106,8 @@ class PCACodec:
         count, total, outer = 0, torch.zeros(()), torch.zeros(())
         for video in videos:
             video = video if video.ndim == 5 else video[None]
-            codec._check_video(video)
-            rows = _to_patches(video.double(), codec.compression).flatten(0, 3)  # [N, D]
+            check_video(video, codec)
+            rows = to_patches(video.double(), codec.compression).flatten(0, 3)  # [N, D]
             count, total, outer = count + rows.shape[0], total + rows.sum(0), outer + rows.T @ rows
         if count == 0:
             raise Refusal("videos", "none", "at least one clip", "give training clips to fit on")
@@ -131,8 +132,8 @@ class PCACodec:
     def encode(self, video: Tensor) -> Tensor:
         """Video [B, 3, F, H, W] -> latents [B, C, F/t, H/h, W/w]."""
         basis, mean, scale, _ = self._fitted()
-        self._check_video(video)
-        patches = _to_patches(video.to(self.device, torch.float32), self.compression)
+        check_video(video, self)
+        patches = to_patches(video.to(self.device, torch.float32), self.compression)
         latents = (patches @ basis.T - mean) / scale  # [B, f, h, w, C]
         return latents.permute(0, 4, 1, 2, 3).contiguous()
 
@@ -147,7 +148,7 @@ class PCACodec:
                 "use this codec's",
             )
         cells = latents.to(self.device, torch.float32).permute(0, 2, 3, 4, 1)
-        return _from_patches((cells * scale + mean) @ basis + residual, self.compression)
+        return from_patches((cells * scale + mean) @ basis + residual, self.compression)
 
     def save(self, folder: str | Path) -> None:
         """Write config.json (with latents_mean and latents_std) and pca.safetensors."""
@@ -181,7 +182,7 @@ class PCACodec:
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Shape [C, f, h, w] of one clip's latents."""
-        _check_size(frames, height, width, self)
+        check_size(frames, height, width, self)
         t, h, w = self.compression
         return self.channels, frames // t, height // h, width // w
 
@@ -232,9 +233,6 @@ class PCACodec:
             )
         return self._basis, self._mean, self._scale, self._residual
 
-    def _check_video(self, video: Tensor) -> None:
-        _check_video(video, self)
-
 
 class DiffusersVAECodec:
     """A diffusers AutoencoderKLWan, deterministic (posterior mode), normalised by its statistics.
@@ -279,7 +277,7 @@ class DiffusersVAECodec:
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Video [B, 3, F, H, W] -> latents [B, C, (F-1)/t + 1, H/h, W/w]."""
-        _check_video(video, self)
+        check_video(video, self)
         posterior = self._vae.encode(video.to(self.device, self._vae.dtype)).latent_dist
         return (posterior.mode().float() - self._mean) / self._std
 
@@ -304,7 +302,7 @@ class DiffusersVAECodec:
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Shape [C, f, h, w] of one clip's latents."""
-        _check_size(frames, height, width, self)
+        check_size(frames, height, width, self)
         t, h, w = self.compression
         return self.channels, (frames - 1) // t + 1, height // h, width // w
 
@@ -316,41 +314,3 @@ def _read_config(folder: Path) -> dict:
         raise Refusal(
             "codec.path", folder, f"a codec folder with {CONFIG_FILE}", f"check the path: {error}"
         ) from error
-
-
-def _check_video(video: Tensor, codec: Codec) -> None:
-    if video.ndim != 5 or video.shape[1] != 3:
-        raise Refusal("video.shape", tuple(video.shape), "[B, 3, F, H, W]", "give RGB in [-1, 1]")
-    _check_size(*video.shape[2:], codec)
-
-
-def _check_size(frames: int, height: int, width: int, codec: Codec) -> None:
-    time, *space = codec.compression
-    if not codec.valid_frames(frames):
-        form = f"a multiple of {time}" if codec.valid_frames(time) else f"{time}k + 1"
-        nearest = next(n for n in range(frames, frames + time + 1) if codec.valid_frames(n))
-        raise Refusal("frames", frames, form, f"use e.g. frames={nearest}")
-    for name, value, size in zip(("height", "width"), (height, width), space, strict=True):
-        if value < size or value % size:
-            raise Refusal(
-                name,
-                value,
-                f"a multiple of {size}",
-                f"use e.g. {name}={max(size, value // size * size)}",
-            )
-
-
-def _to_patches(video: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """[B, 3, F, H, W] -> [B, f, h, w, 3*t*p*q]."""
-    batch, colours, frames, height, width = video.shape
-    t, p, q = patch
-    cells = video.reshape(batch, colours, frames // t, t, height // p, p, width // q, q)
-    return cells.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
-
-
-def _from_patches(patches: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """[B, f, h, w, 3*t*p*q] -> [B, 3, F, H, W]."""
-    batch, f, h, w, _ = patches.shape
-    t, p, q = patch
-    cells = patches.reshape(batch, f, h, w, 3, t, p, q).permute(0, 4, 1, 5, 2, 6, 3, 7)
-    return cells.reshape(batch, 3, f * t, h * p, w * q)
