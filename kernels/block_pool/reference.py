@@ -1,0 +1,40 @@
+"""Mean of each block in plain PyTorch, by a padded gather."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..blocks import block_of_token
+
+
+def forward(x: Tensor, offsets: Tensor, block_size: int) -> Tensor:
+    """Return [B, H, N, D] in fp32, or fp64 for fp64 inputs."""
+    return _BlockMean.apply(x, offsets, block_size)
+
+
+class _BlockMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, offsets: Tensor, block_size: int) -> Tensor:
+        ctx.save_for_backward(offsets)
+        ctx.num_tokens, ctx.dtype = x.shape[2], x.dtype
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        num_blocks = offsets.numel() - 1
+        if x.shape[2] == num_blocks * block_size:  # then every block is full
+            return x.unflatten(2, (num_blocks, block_size)).mean(3, dtype=dtype)
+        token = offsets[:-1, None] + torch.arange(block_size, device=x.device)  # [N, block_size]
+        past = (token >= offsets[1:, None])[..., None]
+        padded = x[:, :, token.clamp(max=x.shape[2] - 1)].to(dtype)  # [B, H, N, block_size, D]
+        return padded.masked_fill_(past, 0).sum(3).div_(_sizes(offsets))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (offsets,) = ctx.saved_tensors
+        share = (grad / _sizes(offsets)).to(ctx.dtype)
+        return share[:, :, block_of_token(offsets, ctx.num_tokens)], None, None
+
+
+def _sizes(offsets: Tensor) -> Tensor:
+    return offsets.diff().clamp(min=1)[:, None]

@@ -1,0 +1,99 @@
+"""Dense attention with a bias per block pair, in plain PyTorch: the core of the references.
+
+S = scale * q k^T + bias, P = softmax of S over the keys, out = P v, and the lse of S. A bias of
+-inf hides the block. Logits and softmax are fp32 (fp64 for fp64 inputs) whatever the input type is
+and whatever autocast says. The backward recomputes P; with g and h the gradients of out and lse,
+    dS = P * (g v^T - rowsum(g * out) + h).
+Batch entries and heads are taken a few at a time, so that their S stays in the processor's cache.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Logits held at once: one head of 1,024 tokens on a CPU, 1 GiB of fp32 elsewhere.
+_MAX_LOGITS_CPU = 1 << 20
+_MAX_LOGITS = 1 << 28
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, row: Tensor, column: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return out (q's dtype, [B, H, Sq, D]) and lse (fp32, or fp64 for fp64, [B, H, Sq]).
+
+    A query that sees no key has out 0, lse -inf and gradient 0.
+
+    Args:
+        bias: [B, H, R, C] added to the logits of each block pair; no gradient flows to it.
+        row: int64 [Sq], the row of `bias` that holds each query.
+        column: int64 [Sk], the column of `bias` that holds each key.
+    """
+    return _MaskedAttention.apply(q, k, v, bias, row, column, scale)
+
+
+def _heads_at_once(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield (batch entry, heads) pieces that cover [B, H]."""
+    limit = _MAX_LOGITS_CPU if q.device.type == "cpu" else _MAX_LOGITS
+    step = max(1, limit // max(1, q.shape[2] * k.shape[2]))
+    for entry in range(q.shape[0]):
+        for head in range(0, q.shape[1], step):
+            yield entry, slice(head, head + step)
+
+
+def _logits(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
+    # Raw operands: the scale is applied to the finished dot product. bias [h, Sq, Sk] is consumed.
+    return bias.baddbmm_(q, k.transpose(1, 2), alpha=scale)
+
+
+class _MaskedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor,
+        row: Tensor,
+        column: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        # Rows that see no key go through the softmax with a bias of 0 and are overwritten after it.
+        blind = (bias == float("-inf"))[..., column].all(-1)  # [B, H, R]
+        bias = bias.to(dtype).masked_fill(blind[..., None], 0)
+        blind = blind[..., row]  # [B, H, Sq]
+        out = torch.empty_like(q)
+        lse = q.new_empty(q.shape[:3], dtype=dtype)
+        with torch.autocast(q.device.type, enabled=False):
+            for at in _heads_at_once(q, k):
+                q_, k_, v_ = (x[at].to(dtype) for x in (q, k, v))  # [h, S, D]
+                logits = _logits(q_, k_, bias[at][..., column][:, row], scale)  # [h, Sq, Sk]
+                prob = logits.softmax(-1)
+                lse[at] = logits.amax(-1) - prob.amax(-1).log()
+                out[at] = torch.bmm(prob, v_)
+        out.masked_fill_(blind[..., None], 0)
+        lse.masked_fill_(blind, float("-inf"))
+        ctx.save_for_backward(q, k, v, bias, row, column, out, blind)
+        ctx.scale = scale
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, row, column, out, blind = ctx.saved_tensors
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        grad_out = grad_out.to(bias.dtype).masked_fill(blind[..., None], 0)
+        delta = (grad_out * out).sum(-1).sub_(grad_lse).masked_fill_(blind, 0)  # [B, H, Sq]
+        with torch.autocast(q.device.type, enabled=False):
+            for at in _heads_at_once(q, k):
+                q_, k_, v_ = (x[at].to(bias.dtype) for x in (q, k, v))
+                prob = _logits(q_, k_, bias[at][..., column][:, row], ctx.scale).softmax(-1)
+                dv[at] = torch.bmm(prob.transpose(1, 2), grad_out[at])
+                grad = torch.bmm(grad_out[at], v_.transpose(1, 2))
+                grad.sub_(delta[at].unsqueeze(-1)).mul_(prob)
+                dq[at] = torch.bmm(grad, k_).mul_(ctx.scale)
+                dk[at] = torch.bmm(grad.transpose(1, 2), q_).mul_(ctx.scale)
+        return dq, dk, dv, None, None, None, None
