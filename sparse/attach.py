@@ -1,0 +1,186 @@
+"""Put gossamer's attention into a diffusers transformer, and take it out again."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gossamer.sparse.attention import DenseAttention, SparseAttention, SparseMethod
+from gossamer.sparse.construct import construct
+from gossamer.sparse.models.context import AttentionContext
+
+CONFIG_NAME = "sparse_attention_config.json"
+STATE_NAME = "sparse_attention.safetensors"
+FORMAT_VERSION = 1
+_RECORD = "_gossamer_attachment"
+
+
+@dataclass
+class Attachment:
+    """What `attach` put into one transformer; `detach` undoes it."""
+
+    context: AttentionContext
+    originals: dict[str, Any]
+    handle: RemovableHandle
+    attentions: dict[str, nn.Module] = field(default_factory=dict)
+
+
+def attach(target: Any, source: SparseMethod | str | Path | None) -> Any:
+    """Replace the self-attention of a transformer, or of a pipeline's, and return the target.
+
+    `source` is a SparseMethod, a folder that holds an exported mask policy, or None for dense
+    attention through gossamer's processors (teachers and controls). Raises ValueError for an
+    unknown model family, a model that already carries an attachment, or a policy of another model.
+    """
+    model = transformer_of(target)
+    if _RECORD in model.__dict__:
+        raise ValueError("transformer: it already has gossamer's attention; call detach first")
+    if isinstance(source, str | Path):
+        method, state = load_policy(source)
+        _install(model, lambda heads: SparseAttention(method, heads))
+        load_mask_state(model, state)
+    elif source is None:
+        _install(model, lambda heads: DenseAttention())
+    else:
+        _install(model, lambda heads: SparseAttention(source, heads))
+    return target
+
+
+def detach(target: Any) -> Any:
+    """Restore the processors that the model had before `attach`, and return the target."""
+    model = transformer_of(target)
+    if _RECORD not in model.__dict__:
+        raise ValueError("transformer: it has no gossamer attention; call attach first")
+    record: Attachment = model.__dict__.pop(_RECORD)
+    record.handle.remove()
+    for name, original in record.originals.items():
+        layer = model.get_submodule(name)
+        layer._modules.pop("processor", None)
+        layer.processor = original
+    return target
+
+
+def attentions(target: Any) -> dict[str, Any]:
+    """Return layer name -> attention module (SparseAttention or DenseAttention), in layer order."""
+    model = transformer_of(target)
+    if _RECORD not in model.__dict__:
+        raise ValueError("transformer: it has no gossamer attention; call attach first")
+    return model.__dict__[_RECORD].attentions
+
+
+def mask_state(target: Any) -> dict[str, Tensor]:
+    """Return the mask parameters as `<layer>.<name>` -> tensor."""
+    return {
+        f"{layer}.{name}": tensor.detach()
+        for layer, attention in attentions(target).items()
+        for name, tensor in attention.state_dict().items()
+    }
+
+
+def load_mask_state(target: Any, state: dict[str, Tensor]) -> None:
+    """Load what `mask_state` returned; ValueError when it belongs to another model."""
+    own = mask_state(target)
+    if set(own) != set(state) or any(own[name].shape != state[name].shape for name in own):
+        odd = sorted(set(own) ^ set(state)) or sorted(
+            n for n in own if own[n].shape != state[n].shape
+        )
+        raise ValueError(
+            f"mask policy={odd[0]}: allowed is a policy made for this model "
+            f"({len(own)} tensors); calibrate this model or load the one it was made for"
+        )
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+
+
+def save_policy(folder: str | Path, spec: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Write the mask policy beside a transformer: `spec` as JSON, `state` as safetensors."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous().cpu() for k, v in state.items()}, folder / STATE_NAME)
+    text = json.dumps({"format_version": FORMAT_VERSION, **spec}, indent=2)
+    (folder / CONFIG_NAME).write_text(text + "\n")
+
+
+def load_policy(folder: str | Path) -> tuple[SparseMethod, dict[str, Tensor]]:
+    """Read a mask policy; ValueError when a file is missing or of a newer format."""
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    for name in (CONFIG_NAME, STATE_NAME):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"path={folder}: allowed is a folder with {CONFIG_NAME} and {STATE_NAME}, "
+                f"{name} is missing; export with `gossamer export`"
+            )
+    spec = json.loads((folder / CONFIG_NAME).read_text())
+    if spec.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"format_version={spec.get('format_version')}: allowed is {FORMAT_VERSION}; "
+            "install the gossamer version that wrote this policy"
+        )
+    return method_from_spec(spec["method"]), load_file(folder / STATE_NAME)
+
+
+def method_from_spec(spec: dict[str, Any]) -> SparseMethod:
+    """Build a SparseMethod from its config nodes, one for each of its fields."""
+    return SparseMethod(**construct(spec))
+
+
+def transformer_of(target: Any) -> nn.Module:
+    """Return the pipeline's transformer, or the model itself."""
+    return target if isinstance(target, nn.Module) else target.transformer
+
+
+def family_of(model: nn.Module) -> ModuleType:
+    """Return the module of sparse/models/ for the model's class.
+
+    A family file is named as diffusers names its own: transformer_wan.py -> models/wan.py.
+    """
+    known = sorted(p.stem for p in Path(__file__).with_name("models").glob("*.py"))
+    known.remove("context")
+    family = type(model).__module__.rpartition("transformer_")[2]
+    if family not in known:
+        near = get_close_matches(family, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see docs/adding_a_model.md to add it"
+        raise ValueError(
+            f"model={type(model).__name__}: allowed families are {', '.join(known)}; {hint}"
+        )
+    return import_module(f"gossamer.sparse.models.{family}")
+
+
+def _install(model: nn.Module, make: Callable[[int], nn.Module]) -> None:
+    family = family_of(model)
+    context = AttentionContext()
+    record = Attachment(context, {}, _fill_before_forward(model, family, context))
+    device = next(model.parameters()).device
+    for name, layer in list(family.self_attentions(model)):
+        record.originals[name] = layer.processor
+        record.attentions[name] = make(layer.heads).to(device)
+        layer.processor = family.Processor(record.attentions[name], context)
+    model.__dict__[_RECORD] = record
+
+
+def _fill_before_forward(
+    model: nn.Module, family: ModuleType, context: AttentionContext
+) -> RemovableHandle:
+    parameters = signature(model.forward)
+
+    def fill(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = parameters.bind(*args, **kwargs).arguments
+        context.grid = family.token_grid(module, call)
+        context.timestep = call["timestep"]
+        for attention in attentions(module).values():
+            if isinstance(attention, SparseAttention):
+                attention.reset()
+
+    return model.register_forward_pre_hook(fill, with_kwargs=True)

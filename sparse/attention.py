@@ -1,0 +1,108 @@
+"""The attention modules that a processor calls: sparse, and the dense one beside it."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.kernels.block_sparse_attention.op import block_sparse_attention, check_support
+from gossamer.kernels.blocks import Blocks
+from gossamer.kernels.dense_attention.op import dense_attention
+from gossamer.sparse.layout import BlockLayout, Layout, TokenGrid
+from gossamer.sparse.mask import BlockMask, BlockScores, keep_text
+from gossamer.sparse.policies import Hybrid
+
+Backend = Literal["auto", "reference", "triton"]
+
+
+class MaskEstimator(Protocol):
+    """Scores blocks of q, k, v in block order; no gradient, deterministic, no hidden state."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, q_layout: BlockLayout, kv_layout: BlockLayout
+    ) -> BlockScores: ...
+
+
+class Compensation(Protocol):
+    """Adds what the unselected blocks contribute to the exact part (out, lse)."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, out: Tensor, lse: Tensor
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class SparseMethod:
+    """One row of the product layout x estimator x policy x compensation."""
+
+    layout: Layout
+    estimator: MaskEstimator
+    policy: Hybrid
+    compensation: Compensation
+    backend: Backend = "auto"
+
+
+class DenseAttention(nn.Module):
+    """Full attention with the signature of SparseAttention: teachers and controls use it."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, timestep: Tensor) -> Tensor:
+        return dense_attention(q, k, v)
+
+
+class SparseAttention(nn.Module):
+    """Block-sparse attention of one layer; owns the layer's mask parameters.
+
+    The mask is computed once per forward of the transformer and kept, so that the recompute of
+    gradient checkpointing uses the same one; `reset` (called before each forward) drops it.
+    """
+
+    def __init__(self, method: SparseMethod, num_heads: int) -> None:
+        super().__init__()
+        self.layout = method.layout
+        self.estimator = method.estimator
+        self.policy = deepcopy(method.policy).for_heads(num_heads)
+        self.compensation = method.compensation
+        self.backend = method.backend
+        self.mask: BlockMask | None = None
+
+    def reset(self) -> None:
+        self.mask = None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, timestep: Tensor) -> Tensor:
+        """Return attention of q, k, v [B, H, S, D] in sequence order; timestep [B]."""
+        q_layout, kv_layout = self.layout(q, k, grid)
+        q, k, v = q_layout.permute(q), kv_layout.permute(k), kv_layout.permute(v)
+        if self.mask is None:
+            with torch.no_grad():
+                self.mask = keep_text(self.policy(self.estimator(q, k, v, q_layout, kv_layout)))
+        return q_layout.unpermute(self.attend(q, k, v, self.mask))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+        """Return attention of q, k, v [B, H, S, D], in block order, under the mask."""
+        backend = resolve_backend(self.backend, q.device)
+        out, lse = block_sparse_attention(q, k, v, mask.blocks, backend=backend)
+        return self.compensation(q, k, v, mask.blocks, out, lse)
+
+
+def check_backend(
+    method: SparseMethod, *, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise ValueError when the method's backend cannot run such tensors on the device."""
+    q_block, kv_block = method.layout.block_shape
+    check_support(
+        resolve_backend(method.backend, device),
+        head_dim=head_dim,
+        dtype=dtype,
+        device=device,
+        q_block_size=q_block,
+        kv_block_size=kv_block,
+    )
+
+
+def resolve_backend(backend: Backend, device: torch.device) -> Literal["reference", "triton"]:
+    """Return the backend that `auto` means on the device: triton on CUDA, reference on CPU."""
+    if backend != "auto":
+        return backend
+    return "triton" if device.type == "cuda" else "reference"

@@ -1,0 +1,178 @@
+"""Which tokens are video, and how tokens are grouped into blocks."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """The token sequence of one sample: text before, frames x height x width video, text after."""
+
+    frames: int
+    height: int
+    width: int
+    text_before: int = 0
+    text_after: int = 0
+
+    @property
+    def num_video(self) -> int:
+        return self.frames * self.height * self.width
+
+    @property
+    def num_tokens(self) -> int:
+        return self.text_before + self.num_video + self.text_after
+
+    def is_text(self) -> Tensor:
+        """Return bool [S], True for text tokens."""
+        text = torch.ones(self.num_tokens, dtype=torch.bool)
+        text[self.text_before : self.text_before + self.num_video] = False
+        return text
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLayout:
+    """One partition of the tokens into blocks.
+
+    `order` [S] lists the token at each position (None keeps the sequence order); block b holds
+    the positions offsets[b] to offsets[b + 1]; `text` [N] marks blocks of text, which stay dense.
+    """
+
+    offsets: Tensor  # int32 [N + 1]
+    block_size: int  # tokens of the largest block
+    order: Tensor | None = None  # int64 [S]
+    text: Tensor | None = None  # bool [N]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.offsets.numel() - 1
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Return the true token count of each block, int64 [N]."""
+        return self.offsets.diff().long()
+
+    @cached_property
+    def _inverse(self) -> Tensor | None:
+        return None if self.order is None else torch.argsort(self.order)
+
+    def permute(self, x: Tensor) -> Tensor:
+        """Bring x [B, H, S, D] from sequence order into block order."""
+        return x if self.order is None else x.index_select(2, self.order)
+
+    def unpermute(self, x: Tensor) -> Tensor:
+        """Bring x [B, H, S, D] from block order back into sequence order."""
+        return x if self._inverse is None else x.index_select(2, self._inverse)
+
+    def to(self, device: torch.device) -> "BlockLayout":
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device)
+
+        return BlockLayout(
+            self.offsets.to(device), self.block_size, move(self.order), move(self.text)
+        )
+
+
+class Layout(Protocol):
+    """Groups the tokens of q and of k: static layouts use the grid only, clusters also q and k."""
+
+    block_shape: tuple[int, int]  # tokens of the largest q block and kv block
+
+    def __call__(self, q: Tensor, k: Tensor, grid: TokenGrid) -> tuple[BlockLayout, BlockLayout]:
+        """Return the q and the kv layout; q, k [B, H, S, D] in sequence order."""
+
+
+class _Static:
+    """A layout that depends on the grid alone, built once per grid and device."""
+
+    def __init__(self) -> None:
+        self._built: dict[tuple[TokenGrid, torch.device], tuple[BlockLayout, BlockLayout]] = {}
+
+    def __call__(self, q: Tensor, k: Tensor, grid: TokenGrid) -> tuple[BlockLayout, BlockLayout]:
+        if q.shape[2] != grid.num_tokens:
+            raise ValueError(
+                f"grid={grid}: it has {grid.num_tokens} tokens but q has {q.shape[2]}; "
+                "pass the grid of the model's own latents"
+            )
+        key = (grid, q.device)
+        if key not in self._built:
+            q_layout, kv_layout = self.build(grid)
+            same = q_layout is kv_layout
+            q_layout = q_layout.to(q.device)
+            self._built[key] = q_layout, q_layout if same else kv_layout.to(q.device)
+        return self._built[key]
+
+    def build(self, grid: TokenGrid) -> tuple[BlockLayout, BlockLayout]:
+        raise NotImplementedError
+
+
+class RowMajor(_Static):
+    """Blocks of consecutive tokens, as in SpargeAttention (q_block 128, kv_block 64)."""
+
+    def __init__(self, *, q_block: int = 128, kv_block: int = 64) -> None:
+        super().__init__()
+        self.block_shape = (_positive("q_block", q_block), _positive("kv_block", kv_block))
+
+    def build(self, grid: TokenGrid) -> tuple[BlockLayout, BlockLayout]:
+        q_block, kv_block = self.block_shape
+        return _runs(grid, q_block), _runs(grid, kv_block)
+
+
+class Tiles(_Static):
+    """3-D tiles of frames x height x width tokens; tiles at the border may be smaller."""
+
+    def __init__(self, *, block: tuple[int, int, int] = (2, 2, 4)) -> None:
+        super().__init__()
+        if len(block) != 3:
+            raise ValueError(f"block={block}: allowed is [frames, height, width]; give three sizes")
+        self.block = tuple(_positive("block", size) for size in block)
+        self.block_shape = (prod(self.block), prod(self.block))
+
+    def build(self, grid: TokenGrid) -> tuple[BlockLayout, BlockLayout]:
+        t, h, w = self.block
+        frame, row, column = torch.meshgrid(
+            torch.arange(grid.frames) // t,
+            torch.arange(grid.height) // h,
+            torch.arange(grid.width) // w,
+            indexing="ij",
+        )
+        tiles_high, tiles_wide = -(-grid.height // h), -(-grid.width // w)
+        tile = ((frame * tiles_high + row) * tiles_wide + column).flatten()
+        order = torch.argsort(tile, stable=True) + grid.text_before
+        layout = _with_text(grid, order, torch.bincount(tile), prod(self.block))
+        return layout, layout
+
+
+def _runs(grid: TokenGrid, block: int) -> BlockLayout:
+    """Cut the video tokens into runs of `block`, the last one shorter."""
+    order = torch.arange(grid.num_video) + grid.text_before
+    return _with_text(grid, order, _run_sizes(grid.num_video, block), block)
+
+
+def _with_text(grid: TokenGrid, video_order: Tensor, sizes: Tensor, block: int) -> BlockLayout:
+    """Add blocks of text tokens before and after the video blocks."""
+    before, after = _run_sizes(grid.text_before, block), _run_sizes(grid.text_after, block)
+    text_after = torch.arange(grid.text_after) + grid.text_before + grid.num_video
+    order = torch.cat([torch.arange(grid.text_before), video_order, text_after])
+    all_sizes = torch.cat([before, sizes, after])
+    offsets = torch.cat([all_sizes.new_zeros(1), all_sizes.cumsum(0)]).int()
+    text = torch.ones(len(all_sizes), dtype=torch.bool)
+    text[len(before) : len(before) + len(sizes)] = False
+    identity = torch.equal(order, torch.arange(grid.num_tokens))
+    has_text = bool(text.any())
+    return BlockLayout(offsets, block, None if identity else order, text if has_text else None)
+
+
+def _run_sizes(tokens: int, block: int) -> Tensor:
+    full, rest = divmod(tokens, block)
+    return torch.tensor([block] * full + [rest] * (rest > 0), dtype=torch.long)
+
+
+def _positive(field: str, size: int) -> int:
+    if int(size) != size or size < 1:
+        raise ValueError(f"{field}={size}: allowed is an integer of at least 1; e.g. {field}=64")
+    return int(size)

@@ -1,0 +1,61 @@
+"""Block scores and the block mask that a policy makes of them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gossamer.kernels.blocks import Blocks
+from gossamer.sparse.layout import BlockLayout
+
+
+@dataclass(frozen=True, eq=False)
+class BlockScores:
+    """How much each pair of blocks is worth computing exactly; rows of attention mass sum to 1."""
+
+    q_layout: BlockLayout
+    kv_layout: BlockLayout
+    score: Tensor  # fp32 [B, H, Nq, Nk]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMask:
+    """Which pairs of blocks are computed exactly."""
+
+    q_layout: BlockLayout
+    kv_layout: BlockLayout
+    selected: Tensor  # bool [B, H, Nq, Nk]
+
+    @property
+    def density(self) -> Tensor:
+        """Return the share of real query-key token pairs computed exactly, fp64 [B, H]."""
+        q_sizes, kv_sizes = self.q_layout.sizes.double(), self.kv_layout.sizes.double()
+        pairs = torch.einsum("bhqk,q,k->bh", self.selected.double(), q_sizes, kv_sizes)
+        return pairs / (q_sizes.sum() * kv_sizes.sum())
+
+    def captured(self, mass: Tensor) -> Tensor:
+        """Return the share of attention mass [B, H, Nq, Nk] that is selected, fp32 [B, H]."""
+        kept = (mass * self.selected).sum(-1)  # [B, H, Nq]
+        weight = self.q_layout.sizes.to(kept.dtype)
+        return (kept * weight).sum(-1) / weight.sum()
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """Return the index record that the kernels take."""
+        return Blocks.from_selected(
+            self.selected,
+            self.q_layout.offsets,
+            self.kv_layout.offsets,
+            self.q_layout.block_size,
+            self.kv_layout.block_size,
+        )
+
+
+def keep_text(mask: BlockMask) -> BlockMask:
+    """Select every row and every column of text blocks; without text the mask is returned as is."""
+    q_text, kv_text = mask.q_layout.text, mask.kv_layout.text
+    if q_text is None or kv_text is None:
+        return mask
+    selected = mask.selected | q_text[:, None] | kv_text[None, :]
+    return BlockMask(mask.q_layout, mask.kv_layout, selected)

@@ -1,0 +1,80 @@
+"""The Wan family (diffusers WanTransformer3DModel): processor, token grid, where attention is."""
+
+from collections.abc import Iterator
+
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from gossamer.sparse.layout import TokenGrid
+from gossamer.sparse.models.context import AttentionContext
+
+MODEL = WanTransformer3DModel
+
+
+def self_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module of each self-attention; cross-attention (attn2) stays as it is."""
+    for name, module in model.named_modules():
+        if name.endswith(".attn1"):
+            yield name, module
+
+
+def token_grid(model: nn.Module, kwargs: dict[str, Tensor]) -> TokenGrid:
+    """Return the grid of the patchified latents [B, C, T, H, W]; Wan keeps text out of it."""
+    *_, frames, height, width = kwargs["hidden_states"].shape
+    t, h, w = model.config.patch_size
+    return TokenGrid(frames // t, height // h, width // w)
+
+
+class Processor(nn.Module):
+    """Computes q, k, v as Wan does (RMSNorm over all heads, interleaved RoPE), then attends."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, attention: nn.Module, context: AttentionContext) -> None:
+        super().__init__()
+        self.attention = attention
+        self.__dict__["context"] = context  # shared by all layers, not a submodule
+
+    def forward(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Return the layer's output [B, S, H * D] of hidden_states [B, S, H * D]."""
+        if self._parallel_config is not None:
+            raise ValueError(
+                "parallel_config: diffusers' context parallelism does not work with gossamer's "
+                "attention; do not call enable_parallelism"
+            )
+        if getattr(attn, "fused_projections", False):
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = (p(hidden_states) for p in (attn.to_q, attn.to_k, attn.to_v))
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+        if rotary_emb is not None:
+            query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, H, S, D]
+        out = self.attention(q, k, v, self.context.grid, self.context.timestep)
+        out = out.transpose(1, 2).flatten(2).type_as(query)
+        for layer in attn.to_out:
+            out = layer(out)
+        return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of x [B, S, H, D] by the angles in cos, sin [1, S, 1, D]."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    rotated = (even * cos - odd * sin, even * sin + odd * cos)
+    return _interleave(*rotated).type_as(x)
+
+
+def _interleave(even: Tensor, odd: Tensor) -> Tensor:
+    out = even.new_empty(*even.shape[:-1], 2 * even.shape[-1])
+    out[..., 0::2], out[..., 1::2] = even, odd
+    return out

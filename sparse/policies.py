@@ -1,0 +1,56 @@
+"""Policies turn block scores into a block mask within a budget."""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.sparse.mask import BlockMask, BlockScores
+
+
+class Hybrid(nn.Module):
+    """The union of Top-k and Top-p per row (SpargeAttention2, Eq. 9), with one budget per head.
+
+    Both sets are prefixes of one order, so the union is the longer prefix. k is the share of the
+    row's blocks, p the score mass to reach; the block that crosses p is kept, p >= 1 keeps all,
+    and at least one block a row is kept. Ties go to the lower block index.
+    """
+
+    k: Tensor  # fp32 [H] or [1]
+    p: Tensor  # fp32 [H] or [1]
+
+    def __init__(self, *, k: float = 0.1, p: float = 0.0, num_heads: int = 1) -> None:
+        super().__init__()
+        self.register_buffer("k", _share("k", torch.full((num_heads,), float(k))))
+        self.register_buffer("p", _share("p", torch.full((num_heads,), float(p))))
+
+    def for_heads(self, num_heads: int) -> Self:
+        """Return a policy of the same budget with its own k and p for each of the heads."""
+        return type(self)(k=float(self.k[0]), p=float(self.p[0]), num_heads=num_heads)
+
+    def set_budget(self, k: Tensor, p: Tensor) -> None:
+        """Set each head's k and p, both [H]."""
+        self.k.copy_(_share("k", k))
+        self.p.copy_(_share("p", p))
+
+    @torch.no_grad()
+    def forward(self, scores: BlockScores) -> BlockMask:
+        score = scores.score.float()
+        num_blocks = score.shape[-1]
+        ordered, order = score.sort(dim=-1, descending=True, stable=True)  # [B, H, Nq, Nk]
+        mass_before = ordered.cumsum(-1) - ordered
+        k, p = self.k[:, None, None], self.p[:, None, None]
+        top_k = (k * num_blocks).round().clamp(1, num_blocks)
+        top_p = torch.where(p >= 1, num_blocks, (mass_before < p).sum(-1, keepdim=True))
+        rank = torch.arange(num_blocks, device=score.device)
+        keep = rank < torch.maximum(top_k, top_p)
+        selected = torch.zeros_like(keep).scatter_(-1, order, keep)
+        return BlockMask(scores.q_layout, scores.kv_layout, selected)
+
+
+def _share(field: str, value: Tensor) -> Tensor:
+    if not bool(((value >= 0) & (value <= 1)).all()):
+        raise ValueError(
+            f"{field}={value.tolist()}: allowed is a share from 0 to 1; e.g. {field}=0.1"
+        )
+    return value.float()

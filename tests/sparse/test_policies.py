@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from gossamer.sparse.layout import RowMajor, TokenGrid
+from gossamer.sparse.mask import BlockMask, BlockScores, keep_text
+from gossamer.sparse.policies import Hybrid
+
+
+def scores(score, q_tokens=None, kv_tokens=None):
+    *_, rows, columns = score.shape
+    q_layout = RowMajor(q_block=4, kv_block=4).build(TokenGrid(1, 1, 4 * rows))[0]
+    kv_layout = RowMajor(q_block=4, kv_block=4).build(TokenGrid(1, 1, 4 * columns))[1]
+    return BlockScores(q_layout, kv_layout, score)
+
+
+def random_scores(seed, rows=5, columns=12):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(2, 3, rows, columns, generator=generator)
+    return scores(logits.softmax(-1))
+
+
+def kept(policy, found):
+    return policy(found).selected.sum(-1)
+
+
+def test_top_p_keeps_the_block_that_crosses_the_mass():
+    found = scores(torch.tensor([[[[0.2, 0.5, 0.3]]]]))
+    assert Hybrid(k=0, p=0.5)(found).selected.tolist() == [[[[False, True, False]]]]
+    assert Hybrid(k=0, p=0.51)(found).selected.tolist() == [[[[False, True, True]]]]
+
+
+def test_the_union_is_the_longer_prefix():
+    found = random_scores(0)
+    top_k, top_p = Hybrid(k=0.3, p=0)(found).selected, Hybrid(k=0, p=0.6)(found).selected
+    assert torch.equal(Hybrid(k=0.3, p=0.6)(found).selected, top_k | top_p)
+
+
+def test_at_least_one_block_a_row_is_kept():
+    assert (kept(Hybrid(k=0, p=0), random_scores(1)) == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_p_of_one_keeps_every_block_whatever_the_rounding(dtype):
+    found = random_scores(2)
+    rounded = BlockScores(found.q_layout, found.kv_layout, found.score.to(dtype))
+    assert Hybrid(k=0, p=1)(rounded).selected.all()
+
+
+def test_the_mask_grows_with_k_and_with_p():
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        (k, p), (more_k, more_p) = torch.rand(2, 2, generator=generator).sort(0)[0].tolist()
+        found = random_scores(seed)
+        small, large = Hybrid(k=k, p=p)(found).selected, Hybrid(k=more_k, p=more_p)(found).selected
+        assert not (small & ~large).any()
+
+
+def test_ties_go_to_the_lower_block():
+    found = scores(torch.full((1, 1, 1, 6), 1 / 6))
+    assert Hybrid(k=0.5, p=0)(found).selected.tolist() == [[[[True] * 3 + [False] * 3]]]
+
+
+def test_each_head_has_its_own_budget():
+    policy = Hybrid().for_heads(3)
+    policy.set_budget(torch.tensor([0.25, 0.5, 1.0]), torch.zeros(3))
+    assert kept(policy, random_scores(3))[0, :, 0].tolist() == [3, 6, 12]
+
+
+@pytest.mark.parametrize("k, p", [(-0.1, 0), (1.1, 0), (0, -0.1), (0, 2), (float("nan"), 0)])
+def test_a_share_outside_zero_to_one_is_refused(k, p):
+    with pytest.raises(ValueError, match="allowed is a share from 0 to 1"):
+        Hybrid(k=k, p=p)
+
+
+def test_density_counts_real_token_pairs_of_ragged_blocks():
+    q_layout, kv_layout = RowMajor(q_block=4, kv_block=3).build(TokenGrid(1, 1, 10))
+    generator = torch.Generator().manual_seed(0)
+    selected = torch.rand(2, 3, 3, 4, generator=generator) < 0.4
+    mask = BlockMask(q_layout, kv_layout, selected)
+    for b in range(2):
+        for h in range(3):
+            pairs = sum(bool(selected[b, h, i // 4, j // 3]) for i in range(10) for j in range(10))
+            assert mask.density[b, h].item() == pytest.approx(pairs / 100)
+
+
+def test_text_rows_and_columns_are_always_selected():
+    from gossamer.sparse.layout import Tiles
+
+    layout = Tiles(block=(1, 2, 2)).build(TokenGrid(1, 4, 4, text_after=4))[0]
+    mask = keep_text(BlockMask(layout, layout, torch.zeros(1, 1, 5, 5, dtype=torch.bool)))
+    assert mask.selected[0, 0, 4].all() and mask.selected[0, 0, :, 4].all()
+    assert mask.selected.sum() == 9

@@ -1,0 +1,86 @@
+"""Write a diffusers folder: a dense-loadable transformer and the mask policy beside it."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gossamer.sparse.attach import CONFIG_NAME, attentions, detach, mask_state, save_policy
+from gossamer.sparse.attention import SparseAttention
+from gossamer.train.pipeline import INDEX, LatentVideoPipeline
+from gossamer.train.refusal import Refusal
+
+log = logging.getLogger(__name__)
+
+
+def export(
+    student: nn.Module,
+    folder: Path,
+    *,
+    spec: dict[str, Any] | None,
+    pipeline: LatentVideoPipeline | Path | None,
+    card: str,
+    overwrite: bool,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Export a student (its processors are taken out) to `folder`.
+
+    `spec` describes the mask policy (None for a dense model); `pipeline` is the embedded pipeline,
+    or the folder of a diffusers pipeline whose other components are linked or copied, or None for
+    the transformer alone. Raises Refusal when the folder exists and overwrite is False.
+    """
+    if folder.exists() and not overwrite:
+        raise Refusal("export", folder, "a folder that does not exist", "set export.overwrite=true")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    sparse = any(isinstance(a, SparseAttention) for a in attentions(student).values())
+    state = {name: tensor.clone() for name, tensor in mask_state(student).items()}
+    detach(student)
+    student.to(dtype or torch.float32).save_pretrained(partial / "transformer")
+    if sparse:
+        assert spec is not None
+        save_policy(partial, spec, state)
+    if isinstance(pipeline, LatentVideoPipeline):
+        pipeline.save(partial)
+    elif pipeline is not None:
+        _link_components(pipeline, partial)
+    (partial / "README.md").write_text(card)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    log.info("exported to %s (%s)", folder, f"with {CONFIG_NAME}" if sparse else "dense")
+
+
+def _link_components(source: Path, target: Path) -> None:
+    """Hard-link (or copy) every component of a pipeline folder but the transformer."""
+    if not (source / INDEX).is_file():
+        return
+    for file in sorted(p for p in source.rglob("*") if p.is_file()):
+        relative = file.relative_to(source)
+        if relative.parts[0] in ("transformer", "README.md") or relative.parts[0].startswith("."):
+            continue
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file.resolve(), target / relative)
+        except OSError:
+            shutil.copy2(file, target / relative)
+
+
+def model_card(name: str, lines: dict[str, Any]) -> str:
+    """Return a README with diffusers' front matter and one line for each fact."""
+    facts = "\n".join(f"- {key}: {value}" for key, value in lines.items())
+    return f"""---
+library_name: diffusers
+tags: [video, sparse-attention, gossamer]
+---
+# {name}
+
+Exported by gossamer. `transformer/` loads in stock diffusers as the dense model;
+`gossamer.load_pipeline(folder)` runs it with the sparse attention it was trained with.
+
+{facts}
+"""

@@ -1,0 +1,329 @@
+"""The main job: encode, calibrate, train, evaluate, export, report, each skipped when done."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from gossamer.sparse.attach import attach, attentions, method_from_spec
+from gossamer.sparse.attention import resolve_backend
+from gossamer.train import checkpoint, loop
+from gossamer.train.calibrate import Calibration, calibrate
+from gossamer.train.codec import Codec, load_codec
+from gossamer.train.config import build, fingerprint, save_config
+from gossamer.train.data.dataset import LatentDataset
+from gossamer.train.data.encode import encode
+from gossamer.train.distiller import Distiller
+from gossamer.train.files import write_atomic
+from gossamer.train.refusal import Refusal
+
+log = logging.getLogger(__name__)
+
+CONFIG = "config.yaml"
+RESULT = "result.json"
+# Keys that may change between two calls of the same run.
+FREE_KEYS = ("resume", "debug", "stages", "num_workers", "log_every", "tracker", "export")
+
+
+class Job:
+    """One run: its config, its folder, and the objects that the stages share."""
+
+    def __init__(self, cfg: DictConfig, accelerator: Accelerator) -> None:
+        self.cfg = cfg
+        self.accelerator = accelerator
+        self.run_dir = Path(cfg.run_dir)
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.cfg.sparsity > 0
+
+    @cached_property
+    def source(self) -> Any:
+        return build(self.cfg.model)
+
+    @cached_property
+    def text(self) -> Any:
+        return build(self.cfg.text)
+
+    @cached_property
+    def codec(self) -> Codec:
+        """Return the codec that the data was encoded with."""
+        return load_codec(Path(self.cfg.data.dir) / "codec").to(self.device)
+
+    @cached_property
+    def noise(self) -> Any:
+        return build(self.cfg.noise)
+
+    @property
+    def shift(self) -> float:
+        return getattr(self.noise, "shift", 1.0)
+
+    @property
+    def method_spec(self) -> dict[str, Any]:
+        """Return the config nodes of the sparse method, as the export stores them."""
+        names = ("layout", "estimator", "policy", "compensation", "backend")
+        return {n: OmegaConf.to_container(OmegaConf.create({n: self.cfg[n]}))[n] for n in names}
+
+    def dataset(self, split: str) -> LatentDataset:
+        return LatentDataset(self.cfg.data.dir, split)
+
+    def dense(self) -> nn.Module:
+        """Return the starting transformer with dense attention, frozen, on the device."""
+        model = attach(self.source.load(self.cfg.seed), None)
+        return model.requires_grad_(False).eval().to(self.device)
+
+    def student(self, seed: int) -> nn.Module:
+        """Return the starting transformer with the run's attention, budgets set, trainable."""
+        model = self.source.load(seed)
+        if not self.is_sparse:
+            attach(model, None)
+        else:
+            attach(model, method_from_spec(self.method_spec))
+            self.calibration.apply(model)
+        if self.cfg.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        return model.requires_grad_(True).to(self.device)
+
+    @property
+    def calibration_dir(self) -> Path:
+        return Path(self.cfg.calibration.path or self.run_dir / "calibration")
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        if not (self.calibration_dir / "calibration.json").is_file():
+            raise Refusal(
+                "calibration.path",
+                self.calibration_dir,
+                "a folder with calibration.json",
+                "run `gossamer calibrate` first",
+            )
+        return Calibration.load(self.calibration_dir)
+
+    def seed_dir(self, seed: int) -> Path:
+        """Return where a seed's metrics and checkpoints are: the run itself, or a repeat."""
+        return self.run_dir if seed == self.cfg.seed else self.run_dir / "repeats" / f"seed-{seed}"
+
+    @property
+    def seeds(self) -> list[int]:
+        return [self.cfg.seed, *self.cfg.repeat_seeds]
+
+    def trained(self, seed: int) -> nn.Module:
+        """Return the student of a seed at its newest checkpoint (EMA weights if kept), in eval."""
+        folder = self.seed_dir(seed) / "checkpoints"
+        newest = checkpoint.latest(folder)
+        if newest is None:
+            raise Refusal("checkpoints", folder, "a finished training", "run `gossamer train`")
+        tensors, _ = checkpoint.load(newest)
+        model = self.student(seed)
+        loop.load_student(model, tensors["model"], newest)
+        for name, parameter in model.named_parameters():
+            if name in tensors.get("ema", {}):
+                parameter.data.copy_(tensors["ema"][name])
+        return model.requires_grad_(False).eval()
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return self.accelerator.autocast()
+
+    def log(self, message: str, *values: object) -> None:
+        if self.accelerator.is_main_process:
+            log.info(message, *values)
+
+
+def run(cfg: DictConfig, stages: list[str] | None = None) -> dict[str, Any]:
+    """Run the stages of a config and return the headline figures.
+
+    Raises Refusal for bad input before any heavy work; a run folder of another config is refused.
+    """
+    from gossamer.train.check import preflight
+    from gossamer.train.stages import evaluate_stage, export_stage, report_stage
+
+    start = time.monotonic()
+    todo = list(stages if stages is not None else cfg.stages)
+    preflight(cfg, todo)
+    job = Job(cfg, make_accelerator(cfg))
+    table: dict[str, Callable[[Job], None]] = {
+        "encode": _encode,
+        "calibrate": _calibrate,
+        "train": _train,
+        "evaluate": evaluate_stage,
+        "export": export_stage,
+        "report": report_stage,
+    }
+    everyone = ("train",)
+    main = job.accelerator.is_main_process
+    with checkpoint.RunLock(job.run_dir) if main else nullcontext():
+        if main:
+            open_run_dir(job)
+        job.accelerator.wait_for_everyone()
+        backend = resolve_backend(cfg.backend, job.device)
+        job.log("device %s, attention backend %s, run %s", job.device, backend, job.run_dir)
+        for stage in (s for s in table if s in todo):
+            if stage in everyone or main:
+                table[stage](job)
+            job.accelerator.wait_for_everyone()
+        return _finish(job, todo, time.monotonic() - start) if main else {}
+
+
+def make_accelerator(cfg: DictConfig) -> Accelerator:
+    """Return the accelerator for the config's device; refuse what accelerate would do silently."""
+    from datetime import timedelta
+
+    from accelerate.utils import InitProcessGroupKwargs
+
+    cpu = cfg.device == "cpu" or (cfg.device == "auto" and not torch.cuda.is_available())
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # rank 0 encodes, others wait
+    accelerator = Accelerator(cpu=cpu, kwargs_handlers=[patient])
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise Refusal(
+            "mixed_precision", accelerator.mixed_precision, "no or bf16", "launch with bf16"
+        )
+    return accelerator
+
+
+def open_run_dir(job: Job) -> None:
+    """Write config.yaml, or compare with the one that is there."""
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    path = job.run_dir / CONFIG
+    if not path.is_file():
+        save_config(job.cfg, path)
+        return
+    if job.cfg.resume == "never":
+        raise Refusal("run_dir", job.run_dir, "a new folder (resume=never)", "set name=NEW")
+    before, now = (_flat(c) for c in (OmegaConf.load(path), job.cfg))
+    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    if not changed:
+        return
+    shown = ", ".join(f"{k}: {before.get(k)} -> {now.get(k)}" for k in changed[:5])
+    if job.cfg.resume != "force":
+        raise Refusal(
+            "run_dir",
+            job.run_dir,
+            f"a folder of the same config ({len(changed)} keys differ: {shown})",
+            "set name=NEW, or resume=force to go on with the new values",
+        )
+    log.warning("resume=force: going on although these keys changed: %s", shown)
+    save_config(job.cfg, path)
+
+
+def _flat(cfg: Any) -> dict[str, Any]:
+    """Return dotted key -> value of what decides a run's result."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, node: Any) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(f"{prefix}.{key}".lstrip("."), value)
+        else:
+            flat[prefix] = node
+
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    walk("", {k: v for k, v in container.items() if k not in FREE_KEYS})
+    return flat
+
+
+def _encode(job: Job) -> None:
+    settings = OmegaConf.to_container(job.cfg.data, resolve=True)
+    assert isinstance(settings, dict)
+    source, folder = settings.pop("source"), settings.pop("dir")
+    encode(source, folder, codec=build(job.cfg.codec).to(job.device), text=job.text, **settings)
+
+
+def _calibrate(job: Job) -> None:
+    from gossamer.train.evaluate import evenly, noisy_samples
+
+    if not job.is_sparse or (job.calibration_dir / "calibration.json").is_file():
+        return
+    options, dataset = job.cfg.calibration, job.dataset("train")
+    clips = [dataset[i] for i in evenly(len(dataset), options.clips)]
+    levels = list(options.noise_levels)
+    samples = noisy_samples(clips, levels, job.cfg.evaluation.batch_size, job.device)
+    with job.autocast():
+        result = calibrate(
+            job.dense(),
+            method_from_spec(job.method_spec),
+            samples,
+            sparsity=job.cfg.sparsity,
+            noise_levels=levels,
+            densities=list(options.densities),
+            probes=options.probes,
+            seed=job.cfg.seed,
+            clips=len(clips),
+        )
+    result.save(job.calibration_dir)
+    mass = torch.tensor(result.captured_mass)
+    job.log(
+        "calibrated in %.0f s: planned sparsity %.4f (asked %.4f); captured attention mass %.3f, "
+        "by noise level %s",
+        result.seconds,
+        1 - result.planned_density,
+        job.cfg.sparsity,
+        mass.mean(),
+        ", ".join(f"{t}: {m:.3f}" for t, m in zip(levels, mass.mean((0, 1)), strict=True)),
+    )
+
+
+def _train(job: Job) -> None:
+    options = OmegaConf.to_container(job.cfg.optimizer, resolve=True)
+    assert isinstance(options, dict)
+    names = ("steps", "batch_size", "grad_accumulation", "ema", "num_workers", "log_every")
+    names += ("checkpoint_every", "keep_checkpoints")
+    loss = build(job.cfg.loss)
+    teacher = job.dense() if loss.needs_teacher else None
+    dataset = job.dataset("train")
+    for seed in job.seeds:
+        settings = loop.TrainSettings(
+            seed=seed,
+            **options,  # type: ignore[arg-type]
+            **{name: job.cfg[name] for name in names},
+        )
+        folder = job.seed_dir(seed)
+        tracker = build(job.cfg.tracker if seed == job.cfg.seed else {"_target_": NO_TRACKER})
+        if job.accelerator.is_main_process:
+            config = OmegaConf.to_container(job.cfg, resolve=True)
+            tracker.start(folder, config)
+        loop.train(
+            Distiller(job.student(seed), teacher, loss, job.noise, seed),
+            dataset,
+            job.accelerator,
+            settings,
+            folder=folder,
+            tracker=tracker,
+            title=f"train seed {seed}",
+        )
+        tracker.finish()
+        job.accelerator.free_memory()
+
+
+NO_TRACKER = "gossamer.train.trackers.NoTracker"
+
+
+def _finish(job: Job, stages: list[str], seconds: float) -> dict[str, Any]:
+    """Write result.json once the last stage is done, and return it."""
+    from gossamer.train.report import headline
+
+    path = job.run_dir / "evaluation" / "evaluation.json"
+    metrics = headline(json.loads(path.read_text())) if path.is_file() else {}
+    result = {
+        "config_fingerprint": fingerprint(job.cfg),
+        "finished": stages[-1] == "report",
+        "seconds": seconds,
+        "stages": stages,
+        "metrics": metrics,
+    }
+    if result["finished"]:
+        write_atomic(job.run_dir / RESULT, json.dumps(result, indent=2) + "\n")
+    return result

@@ -1,0 +1,255 @@
+"""The training loop: one order of events, exact resume, metrics always."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gossamer.sparse.attach import attentions
+from gossamer.sparse.attention import SparseAttention
+from gossamer.train import checkpoint
+from gossamer.train.data.dataset import BatchSchedule, batches
+from gossamer.train.distiller import Distiller
+from gossamer.train.refusal import Refusal
+from gossamer.train.trackers import MetricsLog, Tracker
+
+log = logging.getLogger(__name__)
+
+MAX_FAILED_SAVES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How long, how fast and how often; batch_size is the global batch of one optimizer step."""
+
+    steps: int
+    batch_size: int
+    grad_accumulation: int = 1
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    warmup: int = 10
+    final_lr: float = 0.1  # share of lr left at the last step
+    clip: float = 1.0
+    ema: float = 0.0
+    num_workers: int = 0
+    log_every: int = 1
+    checkpoint_every: int = 50
+    keep_checkpoints: int = 2
+    seed: int = 0
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of a step: linear warm-up, then cosine to final_lr * lr."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        cosine = (1 + math.cos(math.pi * min(1.0, done))) / 2
+        return self.lr * (self.final_lr + (1 - self.final_lr) * cosine)
+
+    def micro_batch(self, processes: int) -> int:
+        """Return the samples of one forward; Refusal when the batch does not divide evenly."""
+        parts = processes * self.grad_accumulation
+        if self.batch_size % parts:
+            raise Refusal(
+                "batch_size",
+                self.batch_size,
+                f"a multiple of {parts} ({processes} processes x grad_accumulation "
+                f"{self.grad_accumulation})",
+                f"set batch_size={-(-self.batch_size // parts) * parts}",
+            )
+        return self.batch_size // parts
+
+
+@dataclass
+class Progress:
+    """The student in training and all that a checkpoint restores."""
+
+    student: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0  # optimizer steps done
+    ema: dict[str, Tensor] = field(default_factory=dict)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.student.named_parameters() if p.requires_grad}
+
+    def start_ema(self) -> None:
+        self.ema = {n: p.detach().clone() for n, p in self.named_parameters().items()}
+
+    @torch.no_grad()
+    def update_ema(self, decay: float) -> None:
+        for name, parameter in self.named_parameters().items():
+            self.ema[name].lerp_(parameter, 1 - decay)
+
+    def save(self, folder: Path, keep: int) -> Path | None:
+        """Write a checkpoint; None when the disk refused it."""
+        tensors, optimizer = checkpoint.optimizer_tensors(self.optimizer, self.named_parameters())
+        groups = {"model": dict(self.student.state_dict()), "optimizer": tensors}
+        if self.ema:
+            groups["ema"] = self.ema
+        state = {"step": self.step, "optimizer": optimizer}
+        return checkpoint.save(folder, self.step, tensors=groups, state=state, keep=keep)
+
+    def restore(self, path: Path) -> None:
+        tensors, state = checkpoint.load(path)
+        load_student(self.student, tensors["model"], path)
+        checkpoint.load_optimizer(
+            self.optimizer, self.named_parameters(), tensors["optimizer"], state["optimizer"]
+        )
+        device = next(self.student.parameters()).device
+        self.ema = {name: tensor.to(device) for name, tensor in tensors.get("ema", {}).items()}
+        self.step = state["step"]
+
+
+def load_student(student: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Load a checkpoint's student; Refusal with the first odd keys when it is of another model."""
+    own = student.state_dict()
+    odd = sorted(set(own) ^ set(state))
+    odd += sorted(n for n in set(own) & set(state) if own[n].shape != state[n].shape)
+    if odd:
+        raise Refusal(
+            "checkpoint",
+            path,
+            f"a checkpoint of this model ({len(odd)} tensors differ: {', '.join(odd[:5])})",
+            "use the recipe and model that wrote it, or another run name",
+        )
+    student.load_state_dict(state)
+
+
+def train(
+    distiller: Distiller,
+    dataset: Any,
+    accelerator: Accelerator,
+    settings: TrainSettings,
+    *,
+    folder: Path,
+    tracker: Tracker,
+    title: str = "train",
+) -> Progress:
+    """Train the student up to settings.steps, from the newest checkpoint of `folder` if any."""
+    checkpoints = folder / "checkpoints"
+    student = distiller.student.to(accelerator.device).train()
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+    )
+    progress = Progress(student, optimizer)
+    if settings.ema:
+        progress.start_ema()
+    newest = checkpoint.latest(checkpoints)
+    if newest is not None:
+        progress.restore(newest)
+        log.info("resumed from %s at step %d of %d", newest, progress.step, settings.steps)
+    if progress.step >= settings.steps:
+        return progress
+    rows = MetricsLog(folder / "metrics.jsonl") if accelerator.is_main_process else None
+    if rows is not None:
+        rows.truncate_after(progress.step)
+    wrapped = accelerator.prepare(distiller)
+    data = batches(
+        dataset,
+        BatchSchedule(len(dataset), settings.batch_size, settings.seed),
+        start_step=progress.step,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        micro_batch=settings.micro_batch(accelerator.num_processes),
+        num_workers=settings.num_workers,
+        num_steps=settings.steps - progress.step,
+    )
+    failed_saves = 0
+    steps = _steps(wrapped, data, accelerator, progress, settings)
+    bar = tqdm(
+        total=settings.steps,
+        initial=progress.step,
+        desc=title,
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
+    for metrics in steps:
+        bar.update()
+        bar.set_postfix(loss=f"{metrics['loss']:.4g}")
+        if rows is not None:
+            rows.append({"step": progress.step, **metrics})
+            if progress.step % settings.log_every == 0:
+                tracker.log(progress.step, metrics)
+        if progress.step % settings.checkpoint_every == 0 or progress.step == settings.steps:
+            if rows is not None:
+                rows.sync()
+                saved = progress.save(checkpoints, settings.keep_checkpoints)
+                failed_saves = 0 if saved else failed_saves + 1
+                if failed_saves >= MAX_FAILED_SAVES:
+                    raise Refusal(
+                        "checkpoints", checkpoints, "a disk that takes them", "free some space"
+                    )
+            accelerator.wait_for_everyone()
+    bar.close()
+    return progress
+
+
+def _steps(
+    distiller: nn.Module,
+    data: Iterator[dict[str, Tensor]],
+    accelerator: Accelerator,
+    progress: Progress,
+    settings: TrainSettings,
+) -> Iterator[dict[str, float]]:
+    """Do one optimizer step at a time and yield its metrics."""
+    parameters = list(progress.named_parameters().values())
+    micro = settings.micro_batch(accelerator.num_processes)
+    while progress.step < settings.steps:
+        start = time.monotonic()
+        lr = settings.lr_at(progress.step)
+        for group in progress.optimizer.param_groups:
+            group["lr"] = lr
+        total, waited = torch.zeros((), device=accelerator.device), 0.0
+        for part in range(settings.grad_accumulation):
+            asked = time.monotonic()
+            batch = next(data)
+            batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
+            forwards = accelerator.process_index * settings.grad_accumulation + part
+            first = progress.step * settings.batch_size + forwards * micro
+            batch["position"] = torch.arange(first, first + micro)  # numbers the run's samples
+            waited += time.monotonic() - asked
+            last = part + 1 == settings.grad_accumulation
+            with accelerator.no_sync(distiller) if not last else nullcontext():
+                losses = distiller(batch)
+                loss = torch.stack(list(losses.values())).sum() / settings.grad_accumulation
+                accelerator.backward(loss)
+            total += loss.detach()
+        loss_value = float(accelerator.reduce(total, "mean"))
+        if not math.isfinite(loss_value):
+            raise Refusal(
+                "loss",
+                loss_value,
+                f"a finite number (step {progress.step + 1})",
+                "lower optimizer.lr; the last checkpoint is kept",
+            )
+        norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
+        progress.optimizer.step()
+        progress.optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        if progress.ema:
+            progress.update_ema(settings.ema)
+        yield {
+            "loss": loss_value,
+            "lr": lr,
+            "grad_norm": float(norm),
+            "density": mean_density(progress.student),
+            "step_seconds": time.monotonic() - start,
+            "data_seconds": waited,
+        }
+
+
+def mean_density(model: nn.Module) -> float:
+    """Return the mean density of the masks of the last forward; 1 for dense attention."""
+    masks = [a.mask for a in attentions(model).values() if isinstance(a, SparseAttention)]
+    densities = [mask.density.mean() for mask in masks if mask is not None]
+    return float(torch.stack(densities).mean()) if densities else 1.0

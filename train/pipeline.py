@@ -1,0 +1,151 @@
+"""From text and a first frame to video: the sampler, the small pipeline, and loading an export."""
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gossamer.sparse.attach import CONFIG_NAME, attach
+from gossamer.train.codec import Codec, load_codec
+from gossamer.train.files import write_atomic
+from gossamer.train.model import Condition, velocity
+from gossamer.train.noise import shift_levels
+from gossamer.train.refusal import Refusal
+from gossamer.train.text import HashedWords, PipelineText, TextEncoder
+
+INDEX = "model_index.json"
+
+
+@torch.no_grad()
+def euler_sample(
+    transformer: nn.Module,
+    noise: Tensor,
+    text: Tensor,
+    condition: Tensor | None,
+    *,
+    steps: int,
+    shift: float = 1.0,
+    progress: str | None = None,
+) -> Tensor:
+    """Return latents [B, C, f, h, w]: Euler steps of the velocity from t = 1 (noise) to t = 0."""
+    levels = shift_levels(torch.linspace(1, 0, steps + 1), shift).tolist()
+    x = noise
+    pairs = list(zip(levels[:-1], levels[1:], strict=True))
+    for now, after in tqdm(pairs, desc=progress, unit="step", disable=progress is None):
+        t = torch.full((len(x),), now, device=x.device)
+        x = x + (after - now) * velocity(transformer, x, t, text, condition)
+    return x
+
+
+class LatentVideoPipeline:
+    """A transformer, a codec and a text encoder: what a run of the embedded codec exports."""
+
+    def __init__(
+        self,
+        *,
+        transformer: nn.Module,
+        codec: Codec,
+        text: TextEncoder,
+        condition: Condition,
+        shift: float = 1.0,
+    ) -> None:
+        self.transformer, self.codec, self.text = transformer, codec, text
+        self.condition, self.shift = condition, shift
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move transformer, codec and text encoder."""
+        self.transformer.to(device)
+        self.codec.to(device)
+        self.text.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str = "",
+        *,
+        first_frame: Tensor | None = None,
+        frames: int = 16,
+        height: int = 64,
+        width: int = 128,
+        steps: int = 20,
+        seed: int = 0,
+    ) -> Tensor:
+        """Return a video [3, F, H, W] in [-1, 1]; first_frame [3, H, W] in [-1, 1].
+
+        Raises Refusal when the model wants a first frame and none is given.
+        """
+        device = next(self.transformer.parameters()).device
+        condition = None
+        if self.condition == "first_frame":
+            if first_frame is None:
+                raise Refusal("first_frame", None, "a frame [3, H, W]", "pass the first frame")
+            held = first_frame[None, :, None].expand(1, 3, frames, height, width)
+            condition = self.codec.encode(held.to(device))
+        shape = self.codec.latent_shape(frames, height, width)
+        generator = torch.Generator(device).manual_seed(seed)
+        noise = torch.randn(1, *shape, generator=generator, device=device)
+        latents = euler_sample(
+            self.transformer,
+            noise,
+            self.text.encode([prompt]).to(device),
+            condition,
+            steps=steps,
+            shift=self.shift,
+            progress="sample",
+        )
+        return self.codec.decode(latents)[0].clamp(-1, 1)
+
+    def save(self, folder: Path) -> None:
+        """Write codec, text settings and index; the transformer is written by export."""
+        if not isinstance(self.text, HashedWords):
+            raise Refusal(
+                "text", type(self.text).__name__, "HashedWords", "export a pipeline folder"
+            )
+        self.codec.save(folder / "codec")
+        index = {
+            "_class_name": type(self).__name__,
+            "transformer": ["diffusers", type(self.transformer).__name__],
+            "text": {"dim": self.text.dim, "length": self.text.length},
+            "condition": self.condition,
+            "shift": self.shift,
+        }
+        write_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` and export wrote."""
+        from diffusers import WanTransformer3DModel
+
+        index = json.loads((folder / INDEX).read_text())
+        return cls(
+            transformer=WanTransformer3DModel.from_pretrained(
+                folder / "transformer", local_files_only=True
+            ).eval(),
+            codec=load_codec(folder / "codec"),
+            text=HashedWords(**index["text"]),
+            condition=index["condition"],
+            shift=index["shift"],
+        )
+
+
+def load_pipeline(path: str | Path, **kwargs: Any) -> Any:
+    """Load an exported folder with its sparse attention in place.
+
+    A diffusers pipeline folder gives that pipeline (kwargs go to from_pretrained), a run of the
+    embedded codec a LatentVideoPipeline. Raises Refusal when the folder is no export.
+    """
+    folder = Path(path)
+    for name in (INDEX, CONFIG_NAME):
+        if not (folder / name).is_file():
+            raise Refusal("path", folder, f"an export with {name}", "run `gossamer export` first")
+    if json.loads((folder / INDEX).read_text())["_class_name"] == LatentVideoPipeline.__name__:
+        pipeline = LatentVideoPipeline.load(folder)
+    else:
+        from diffusers import DiffusionPipeline
+
+        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **kwargs)
+    return attach(pipeline, folder)
