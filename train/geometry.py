@@ -27,7 +27,8 @@ def check_size(frames: int, height: int, width: int, codec: SizeRules) -> None:
     time, *space = codec.compression
     if not codec.valid_frames(frames):
         form = f"a multiple of {time}" if codec.valid_frames(time) else f"{time}k + 1"
-        nearest = next(n for n in range(frames, frames + time + 1) if codec.valid_frames(n))
+        least = max(1, frames)
+        nearest = next(n for n in range(least, least + time + 1) if codec.valid_frames(n))
         raise Refusal("frames", frames, form, f"use e.g. frames={nearest}")
     for name, value, size in zip(("height", "width"), (height, width), space, strict=True):
         if value < size or value % size:
