@@ -38,10 +38,16 @@ def test_encode_equals_a_strided_convolution_with_the_saved_basis(tmp_path: Path
     codec.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     basis = load_file(tmp_path / "pca.safetensors")["basis"].double()
-    projected = functional.conv3d(torch.stack(videos).double(), basis.view(10, 3, 2, 4, 4), stride=(2, 4, 4))
-    mean, std = (torch.tensor(config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    projected = functional.conv3d(
+        torch.stack(videos).double(), basis.view(10, 3, 2, 4, 4), stride=(2, 4, 4)
+    )
+    mean, std = (
+        torch.tensor(config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std")
+    )
     expected = (projected - mean) / std
-    torch.testing.assert_close(codec.encode(torch.stack(videos)).double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        codec.encode(torch.stack(videos)).double(), expected, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_reconstruction_error_equals_the_dropped_singular_values() -> None:
@@ -73,7 +79,9 @@ def test_latents_have_rms_one_and_channel_spread_of_the_power(power: float) -> N
     torch.testing.assert_close(measured / measured[0], expected / expected[0], rtol=1e-3, atol=1e-4)
 
 
-def test_a_saved_codec_loads_bit_equal_and_refitting_gives_the_same_fingerprint(tmp_path: Path) -> None:
+def test_a_saved_codec_loads_bit_equal_and_refitting_gives_the_same_fingerprint(
+    tmp_path: Path,
+) -> None:
     videos = smooth_videos()
     codec = PCACodec.fit(videos, channels=10)
     codec.save(tmp_path)
@@ -99,7 +107,9 @@ def test_an_unfitted_codec_refuses_to_encode() -> None:
         PCACodec().encode(torch.zeros(1, 3, 2, 4, 4))
 
 
-@pytest.mark.parametrize("wrong", [{"channels": 97}, {"channels": 0}, {"patch": (2, 4)}, {"power": 2.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"channels": 97}, {"channels": 0}, {"patch": (2, 4)}, {"power": 2.0}]
+)
 def test_a_specification_out_of_range_is_refused(wrong: dict) -> None:
     with pytest.raises(Refusal, match="allowed is"):
         PCACodec(**wrong)
@@ -132,7 +142,11 @@ def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     vae = AutoencoderKLWan(
-        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        base_dim=3,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
     )
     folder = tmp_path_factory.mktemp("pipeline")
     vae.save_pretrained(str(folder / "vae"))
@@ -150,7 +164,9 @@ def test_vae_codec_normalises_the_posterior_mode_of_diffusers(vae_folder: Path) 
         raw = vae.encode(video).latent_dist.mean
         restored = vae.decode(raw).sample
     for channel in range(16):
-        expected = (raw[:, channel] - vae.config.latents_mean[channel]) / vae.config.latents_std[channel]
+        expected = (raw[:, channel] - vae.config.latents_mean[channel]) / vae.config.latents_std[
+            channel
+        ]
         torch.testing.assert_close(latents[:, channel], expected)
     assert latents.shape[1:] == codec.latent_shape(9, 32, 32) == (16, 3, 4, 4)
     assert torch.equal(latents, codec.encode(video))

@@ -45,7 +45,11 @@ def wan_pipeline(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-u
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=512,
     )
     torch.manual_seed(0)
     config = UMT5Config(
