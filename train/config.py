@@ -7,7 +7,6 @@ Hydra composes and never instantiates: its `instantiate` can run any code that a
 import hashlib
 import inspect
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -17,6 +16,7 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -25,11 +25,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gossamer.sparse.construct import allowed_class, construct
+from gossamer.train.files import write_atomic
 from gossamer.train.ranges import validate
 from gossamer.train.redact import redact
 from gossamer.train.refusal import Refusal
 from gossamer.train.suggest import nearest
 
+_RECIPE_HEADER = "# @package _global_"
 _PACKAGES = ("gossamer.sparse.", "gossamer.train.")
 
 
@@ -93,7 +95,9 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     """Parse `key=value` arguments with Hydra's grammar; `recipe=NAME` becomes `+recipes=NAME`."""
     lines = [re.sub(r"^recipe=", "+recipes=", line) for line in overrides]
     try:
-        return OverridesParser.create().parse_overrides(lines)
+        with initialize_config_module("gossamer.conf", version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()  # for glob(...) over a group's options
+        return OverridesParser.create(loader).parse_overrides(lines)
     except OverrideParseException as error:
         reason = error.message.splitlines()[0]
         raise Refusal(
@@ -110,13 +114,7 @@ def fingerprint(cfg: DictConfig, keys: Sequence[str] | None = None) -> str:
 
 def save_config(cfg: DictConfig, path: str | Path) -> None:
     """Write the config resolved and redacted; the file appears whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(OmegaConf.to_yaml(OmegaConf.create(redact(_container(cfg)))))
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    write_atomic(Path(path), OmegaConf.to_yaml(OmegaConf.create(redact(_container(cfg)))))
 
 
 def _asset(path: str) -> str:
@@ -150,16 +148,19 @@ def _hydra_arguments(overrides: Sequence[Override]) -> list[str]:
 
 def _recipe_arguments(recipe: str) -> list[str]:
     """Name a recipe of the package, or one of the user's own: FOLDER/recipes/NAME.yaml."""
-    path = Path(recipe)
-    if path.suffix != ".yaml":
+    path, search = Path(recipe), []
+    if path.suffix == ".yaml":
+        path = path.absolute()
+        if not path.is_file() or path.parent.name != "recipes":
+            allowed = "a name, or an existing file in a folder called recipes"
+            raise Refusal("recipe", recipe, allowed, "correct the path or move the file there")
+        search = [f"hydra.searchpath=['file://{path.parent.parent}','pkg://gossamer']"]
+    else:
         _check_option("recipe", recipe, recipes())
-        return [f"+recipes={recipe}", f"++recipe_name={recipe}"]
-    if not path.is_file() or path.absolute().parent.name != "recipes":
-        allowed = "a name, or an existing file in a folder called recipes"
-        raise Refusal("recipe", recipe, allowed, "correct the path or move the file there")
-    folder = path.absolute().parent.parent
-    search = f"hydra.searchpath=['file://{folder}','pkg://gossamer']"
-    return [search, f"+recipes='{path.stem}'", f"++recipe_name='{path.stem}'"]
+        path = Path(str(files("gossamer.recipes"))) / f"{recipe}.yaml"
+    if not path.read_text(encoding="utf-8").startswith(_RECIPE_HEADER):
+        raise Refusal("recipe", path, f"a file with the first line `{_RECIPE_HEADER}`", "add it")
+    return [*search, f"+recipes='{path.stem}'", f"++recipe_name='{path.stem}'"]
 
 
 def _check_option(field: str, value: Any, options: Sequence[str]) -> None:
@@ -183,8 +184,7 @@ def _compose_with_hydra(arguments: list[str]) -> tuple[DictConfig, dict[str, Any
     with open_dict(cfg):
         del cfg["hydra"]
     if "recipes" in cfg:  # a group that is not found becomes a plain value, silently
-        fix = "start the file with the line `# @package _global_`"
-        raise Refusal("recipe", cfg.recipe_name, "a recipe for the whole config", fix)
+        raise Refusal("recipe", cfg.recipe_name, "a mapping of config keys", "mend the file")
     return cfg, choices
 
 

@@ -106,7 +106,8 @@ def test_a_recipe_sets_groups_values_and_the_name(tmp_path: Path) -> None:
     [
         ("# @package _global_\nsparsiti: 0.7\n", "did you mean sparsity?"),
         ("# @package _global_\noptimizer: {learning: 1}\n", "optimizer.learning=1"),
-        ("sparsity: 0.7\n", "# @package _global_"),
+        ("# Purpose.\n# @package _global_\nsparsity: 0.7\n", "first line `# @package _global_`"),
+        ("# @package _global_\n- a\n- b\n", "merge"),
         ("# @package _global_\ndefaults:\n  - override /layout: rowmajor\n", "row_major?"),
         ("# @package _global_\ndefaults:\n  - override /layouts: tiles\n", "layouts"),
         ("# @package _global_\n- a: [\n", "line 3"),

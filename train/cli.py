@@ -1,0 +1,141 @@
+"""`gossamer VERB [key=value ...]`: one process; `train` also runs under accelerate launch."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from gossamer import __version__
+from gossamer.train.refusal import Refusal
+from gossamer.train.suggest import nearest
+
+VERBS = {
+    "check": "can this machine, model and config run? Reads no weights",
+    "encode": "videos and captions to latent shards",
+    "calibrate": "the dense teacher's attention to mask budgets per head",
+    "train": "all stages of the config: encode, calibrate, train, evaluate, export, report",
+    "evaluate": "student against teacher on held-out clips",
+    "report": "results to one HTML page with plots",
+    "export": "student to a diffusers folder with its mask policy",
+    "sweep": "one run per combination of a=1,2 b=x,y; then a table and a Pareto plot",
+}
+FLAGS = {
+    "--help": "this text, or the verb's",
+    "--cfg": "print the composed config with a comment per key, and stop",
+    "--version": "print the version, and stop",
+}
+REFUSED, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code: 2 for bad input, 130 for Ctrl-C."""
+    arguments = ["--help" if a == "-h" else a for a in (sys.argv[1:] if argv is None else argv)]
+    try:
+        return _dispatch(arguments)
+    except Refusal as refusal:
+        if "debug=true" in (argument.lower() for argument in arguments):
+            raise
+        sys.stderr.write(f"error: {refusal}\n")
+        return REFUSED
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    words = [argument for argument in arguments if argument not in flags]
+    for flag in flags:
+        if flag not in FLAGS:
+            fix = nearest(flag, FLAGS) or "settings are given as key=value"
+            raise Refusal("option", flag, ", ".join(FLAGS), fix)
+    if "--version" in flags:
+        return _show(f"gossamer {__version__}\n")
+    if not words:
+        return _show(_help())
+    verb, *overrides = words
+    if verb not in VERBS:
+        fix = nearest(verb, VERBS) or "write gossamer VERB key=value ..."
+        raise Refusal("verb", verb, ", ".join(VERBS), fix)
+    if "--help" in flags:
+        return _show(_verb_help(verb))
+    _set_up_logging()
+    if verb == "sweep":
+        from gossamer.train.sweep import sweep
+
+        return sweep(overrides, only_show="--cfg" in flags)
+    return _run(verb, overrides, only_show="--cfg" in flags)
+
+
+def _run(verb: str, overrides: list[str], *, only_show: bool) -> int:
+    from gossamer.train.config import compose, require_complete
+
+    cfg = compose(overrides)
+    if only_show:
+        from gossamer.train.explain import explain
+
+        return _show(explain(cfg))
+    require_complete(cfg)
+    if verb == "check":
+        from gossamer.train.check import check
+
+        check(cfg)
+    else:
+        from gossamer.train import job
+
+        job.run(cfg, stages=list(cfg.stages) if verb == "train" else [verb])
+    return 0
+
+
+def _show(text: str) -> int:
+    sys.stdout.write(text)
+    return 0
+
+
+def _help() -> str:
+    rows = [*VERBS.items(), ("", ""), *FLAGS.items()]
+    table = "\n".join(f"  {name:<10} {text}".rstrip() for name, text in rows)
+    return (
+        "Turn a pretrained dense video diffusion transformer into a sparse one.\n\n"
+        f"usage: gossamer VERB [recipe=NAME] [key=value ...]\n\n{table}\n\n"
+        "several processes: accelerate launch [flags] -m gossamer.train recipe=NAME key=value ...\n"
+    )
+
+
+def _verb_help(verb: str) -> str:
+    from gossamer.train.config import groups, recipes
+
+    example = "sparsity=0.8,0.9" if verb == "sweep" else "sparsity=0.8"
+    options = "\n".join(f"  {group:<13} {', '.join(names)}" for group, names in groups().items())
+    launch = "  sweep.num_processes=1   processes of each run\n" if verb == "sweep" else ""
+    return (
+        f"gossamer {verb}: {VERBS[verb]}\n\n"
+        f"usage: gossamer {verb} [recipe=NAME] [group=option ...] [key=value ...]\n"
+        f"for example: gossamer {verb} recipe=demo {example}\n{launch}\n"
+        f"recipes: {', '.join(recipes())}\ngroups:\n{options}\n\n"
+        f"gossamer {verb} --cfg lists every key with its value and meaning.\n"
+    )
+
+
+def _set_up_logging() -> None:
+    """Show this package's messages, of the first process only; keep other libraries quiet."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "DATASETS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logger = logging.getLogger("gossamer")
+    is_first = os.environ.get("RANK", "0") == "0"
+    logger.setLevel(logging.INFO if is_first else logging.WARNING)
+    if not logger.handlers:
+        handler = _BesideBars()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+class _BesideBars(logging.Handler):
+    """Writes to stderr without tearing progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
