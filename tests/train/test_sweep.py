@@ -1,0 +1,164 @@
+"""Sweeps check every job first, skip finished ones and survive failing ones."""
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from gossamer.train import sweep as module
+from gossamer.train.config import compose, fingerprint
+from gossamer.train.refusal import Refusal
+from gossamer.train.sweep import Launch, launch_command, sweep
+
+JOB = """
+import json, os, sys
+from pathlib import Path
+from gossamer.train.config import compose, fingerprint
+
+assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & set(os.environ)
+cfg = compose(sys.argv[1:])
+sys.stderr.write(f"working on {cfg.name}\\n")
+if cfg.sparsity == 0.5:
+    raise RuntimeError("out of luck")
+result = {
+    "config_fingerprint": fingerprint(cfg),
+    "finished": True,
+    "metrics": {"error_after": cfg.sparsity, "error_before": 1.0},
+}
+Path(cfg.run_dir, "result.json").write_text(json.dumps(result))
+"""
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """Start a small script for each job, without checks, and record what was started."""
+    commands: list[list[str]] = []
+
+    def command(launch: Launch, overrides: Sequence[str]) -> list[str]:
+        commands.append(list(overrides))
+        return [sys.executable, "-c", JOB, *overrides]
+
+    def report(folder: Path) -> Path:
+        assert (folder / "summary.json").is_file()
+        return folder / "report" / "index.html"
+
+    check, reporter = ModuleType("gossamer.train.check"), ModuleType("gossamer.train.report")
+    check.preflight = lambda cfg, stages: {}  # type: ignore[attr-defined]
+    reporter.sweep_report = report  # type: ignore[attr-defined]
+    for fake in (check, reporter):
+        monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    monkeypatch.setattr(module, "launch_command", command)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    return commands
+
+
+def summary(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_jobs_run_are_skipped_on_a_second_call_and_one_may_fail(
+    started: list[list[str]], tmp_path: Path
+) -> None:
+    overrides = [f"runs_dir='{tmp_path}'", "sparsity=0.5,0.75", "compensation=drop,centroid"]
+    assert sweep(overrides) == 1
+    folder = tmp_path / "default-sweep"
+    rows = summary(folder)
+    assert [row["status"] for row in rows] == ["failed", "failed", "finished", "finished"]
+    assert rows[2]["overrides"] == {"sparsity": 0.75, "compensation": "drop"}
+    assert rows[2]["metrics"] == {"error_after": 0.75, "error_before": 1.0}
+    assert rows[2]["run_dir"] == rows[2]["job"] == "sparsity=0.75,compensation=drop"
+    assert rows[0]["error"] == "exit code 1: RuntimeError: out of luck"
+    log = (folder / rows[2]["run_dir"] / "log.txt").read_text()
+    assert log == "working on default-sweep/sparsity=0.75,compensation=drop\n"
+    with (folder / "summary.csv").open() as stream:
+        table = list(csv.DictReader(stream))
+    assert [row["error_after"] for row in table] == ["", "", "0.75", "0.75"]
+    assert [row["compensation"] for row in table] == ["drop", "centroid"] * 2
+
+    assert sweep(overrides) == 1
+    assert [row["status"] for row in summary(folder)] == ["failed"] * 2 + ["skipped"] * 2
+    assert len(started) == 4 + 2
+    assert sweep([*overrides, "steps=7"]) == 1
+    assert len(started) == 4 + 2 + 4, "another config is another job"
+
+
+def test_a_sweep_without_failures_returns_zero(started: list[list[str]], tmp_path: Path) -> None:
+    assert sweep([f"runs_dir='{tmp_path}'", "name=mine", "seed=range(0,2)"]) == 0
+    assert [row["overrides"]["seed"] for row in summary(tmp_path / "mine")] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["sparsity=0.8"], "at least one a=1,2"),
+        (["sparsity=0.8,1.5"], "[0, 1)"),
+        (["sparsity=0.8,0.9", "polcy=hybrid"], "did you mean policy"),
+        (["sparsity=0.8,0.9", "model=pretrained"], "model.path=???"),
+        (["compensation=drop,centriod"], "did you mean centroid?"),
+        (["name=a,b"], "one name"),
+        (["sparsity=0.8,0.9", "run_dir=here"], "one folder per job"),
+        (["sparsity=interval(0,1)"], "range()"),
+        (["seed=1,2", "sweep.num_processes=0"], "at least 1"),
+        (["seed=1,2", "sweep.mixed_precision=fp16"], "no, bf16"),
+        (["seed=1,2", "sweep.processes=2"], "did you mean num_processes?"),
+    ],
+)
+def test_nothing_starts_when_one_job_is_wrong(
+    overrides: list[str], said: str, started: list[list[str]], tmp_path: Path
+) -> None:
+    with pytest.raises(Refusal) as refusal:
+        sweep([f"runs_dir='{tmp_path}'", *overrides])
+    assert said in str(refusal.value)
+    assert not started and not list(tmp_path.iterdir())
+
+
+def test_only_show_prints_commands_that_compose(
+    started: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["compensation=glob(*)", "layout=tiles", f"runs_dir='{tmp_path}'"]
+    assert sweep(overrides, only_show=True) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.startswith("gossamer train layout=") for line in lines)
+    assert not started and not list(tmp_path.iterdir())
+
+
+def test_folder_names_are_safe_short_and_unique(started: list[list[str]], tmp_path: Path) -> None:
+    paths = [f"'/data/{'x' * 150}{end}/a b'" for end in "yz"]
+    assert sweep([f"runs_dir='{tmp_path}'", f"model.path={','.join(paths)}"]) == 0
+    names = {row["run_dir"] for row in summary(tmp_path / "default-sweep")}
+    assert len(names) == 2 and all(len(name) < 120 and "/" not in name for name in names)
+
+
+def test_secrets_stay_out_of_the_tables(started: list[list[str]], tmp_path: Path) -> None:
+    urls = "'https://me:planted@host/a','https://me:planted@host/b'"
+    assert sweep([f"runs_dir='{tmp_path}'", f"calibration.path={urls}"]) == 0
+    folder = tmp_path / "default-sweep"
+    assert "planted" not in (folder / "summary.json").read_text()
+    assert "planted" not in (folder / "summary.csv").read_text()
+
+
+def test_the_fingerprint_of_parent_and_child_agree(
+    started: list[list[str]], tmp_path: Path
+) -> None:
+    sweep([f"runs_dir='{tmp_path}'", "sparsity=0.75,0.8"])
+    for overrides in started:
+        cfg = compose(overrides)
+        result = json.loads(Path(cfg.run_dir, "result.json").read_text())
+        assert result["config_fingerprint"] == fingerprint(cfg)
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_accelerate_starts_the_processes_and_their_refusal_is_found(num_processes: int) -> None:
+    command = launch_command(Launch(num_processes=num_processes), ["sparsity=2"])
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.count("error: sparsity=2") == num_processes
+    assert module._last_error(done.stderr).startswith("error: sparsity=2")
