@@ -45,6 +45,13 @@ def _load_rows(ptrs, row, rows, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _load_row_scalars(ptrs, row, rows, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(ptrs)
+    return tl.load(ptrs, mask=row < rows, other=0.0)
+
+
+@triton.jit
 def _store_rows(ptrs, value, row, rows, EVEN: tl.constexpr):
     if EVEN:
         tl.store(ptrs, value)
@@ -111,7 +118,8 @@ def _block_sparse_attention_fwd(
         acc = tl.dot(prob.to(v.dtype), v, acc, input_precision="ieee")
         peak = new_peak
 
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    total = tl.where(total == 0.0, 1.0, total)  # no key: out 0, and lse = peak = -inf
+    out = acc / total[:, None]
     out_ptrs = out_ptr + b * stride_ob + h * stride_oh + q_start * stride_os
     out_ptrs += row.to(tl.int64)[:, None] * stride_os + dim[None, :]
     _store_rows(out_ptrs, out.to(out_ptr.dtype.element_ty), row, q_rows, EVEN_Q)
@@ -152,10 +160,10 @@ def _block_sparse_attention_bwd_dq(
     out_ptrs = out_ptr + b * stride_ob + h * stride_oh + token[:, None] * stride_os
     out = _load_rows(out_ptrs + dim[None, :], row, q_rows, EVEN_Q)
     at = head * num_q + token
-    grad_lse = tl.load(grad_lse_ptr + at, mask=row < q_rows, other=0.0)
+    grad_lse = _load_row_scalars(grad_lse_ptr + at, row, q_rows, EVEN_Q)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1) - grad_lse
     tl.store(delta_ptr + at, delta, mask=row < q_rows)
-    lse = tl.load(lse_ptr + at, mask=row < q_rows, other=0.0) * _LOG2_E
+    lse = _load_row_scalars(lse_ptr + at, row, q_rows, EVEN_Q) * _LOG2_E
     k_ptrs = k_ptr + b * stride_kb + h * stride_kh
     k_ptrs += column.to(tl.int64)[:, None] * stride_ks + dim[None, :]
     v_ptrs = v_ptr + b * stride_vb + h * stride_vh
@@ -234,8 +242,8 @@ def _block_sparse_attention_bwd_dkv(
         q_start = q_start.to(tl.int64)
         q = _load_rows(q_ptrs + q_start * stride_qs, row, q_rows, EVEN_Q)
         grad = _load_rows(grad_ptrs + q_start * stride_gs, row, q_rows, EVEN_Q)
-        lse = tl.load(lse_ptrs + q_start, mask=row < q_rows, other=0.0) * _LOG2_E
-        delta = tl.load(delta_ptrs + q_start, mask=row < q_rows, other=0.0)
+        lse = _load_row_scalars(lse_ptrs + q_start, row, q_rows, EVEN_Q) * _LOG2_E
+        delta = _load_row_scalars(delta_ptrs + q_start, row, q_rows, EVEN_Q)
         logits = tl.dot(k, tl.trans(q), input_precision="ieee")
         prob = tl.math.exp2(logits * scale_log2 - lse[None, :])
         dv = tl.dot(prob.to(grad.dtype), grad, dv, input_precision="ieee")
