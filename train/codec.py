@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from gossamer.train.geometry import check_size, check_video, from_patches, to_patches
+from gossamer.train.klt import Klt
 from gossamer.train.refusal import Refusal
 
 CONFIG_FILE = "config.json"
 BASIS_FILE = "pca.safetensors"
 FORMAT_VERSION = 1
-STD_FLOOR = 1e-3  # of the largest channel: a channel without variance must not amplify noise
 
 
 class Codec(Protocol):
@@ -26,8 +26,10 @@ class Codec(Protocol):
 
     channels: int
     compression: tuple[int, int, int]  # frames, height, width per latent cell
-    fingerprint: str
     device: torch.device
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode(self, video: Tensor) -> Tensor: ...
     def decode(self, latents: Tensor) -> Tensor: ...
@@ -71,26 +73,20 @@ class PCACodec:
         power: float = 0.5,
     ) -> None:
         config = _read_config(Path(path)) if path is not None else {}
-        patch = tuple(int(size) for size in config.get("patch", patch))
+        sizes = [int(size) for size in config.get("patch", patch)]
         self.channels = int(config.get("channels", channels))
         self.power = float(config.get("power", power))
-        if len(patch) != 3 or min(patch) < 1:
-            raise Refusal("codec.patch", patch, "three sizes >= 1", "use e.g. [2, 4, 4]")
-        self.compression: tuple[int, int, int] = patch
-        values = 3 * patch[0] * patch[1] * patch[2]
+        if len(sizes) != 3 or min(sizes) < 1:
+            raise Refusal("codec.patch", sizes, "three sizes >= 1", "use e.g. [2, 4, 4]")
+        self.compression: tuple[int, int, int] = (sizes[0], sizes[1], sizes[2])
+        values = 3 * sizes[0] * sizes[1] * sizes[2]
         if not 1 <= self.channels <= values:
-            raise Refusal(
-                "codec.channels",
-                self.channels,
-                f"1 to {values}",
-                f"patch {patch} has that many values",
-            )
+            fix = f"a patch of {sizes} has that many values"
+            raise Refusal("codec.channels", self.channels, f"1 to {values}", fix)
         if not 0.0 <= self.power <= 1.0:
             raise Refusal("codec.power", self.power, "0 to 1", "use 0.5, or 1 to whiten")
         self.device = torch.device("cpu")
-        self._basis = self._mean = self._scale = self._residual = None
-        if path is not None:
-            self._load(Path(path), config)
+        self._klt = None if path is None else self._load(Path(path), config)
 
     @classmethod
     def fit(
@@ -113,68 +109,67 @@ class PCACodec:
             raise Refusal("videos", "none", "at least one clip", "give training clips to fit on")
         mean = total / count
         covariance = outer / count - torch.outer(mean, mean)
-        codec._solve(mean.cpu(), covariance.cpu())
+        codec._klt = Klt.solve(mean.cpu(), covariance.cpu(), codec.channels, codec.power)
         return codec.to(total.device)
 
     @property
     def is_fitted(self) -> bool:
-        return self._basis is not None
+        return self._klt is not None
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the specification and of the fitted numbers."""
-        digest = hashlib.sha256(repr((self.compression, self.channels, self.power)).encode())
-        for tensor in (self._basis, self._mean, self._scale, self._residual):
-            if tensor is not None:
-                digest.update(tensor.cpu().numpy().tobytes())
-        return f"pca-{digest.hexdigest()[:16]}" if self.is_fitted else "pca-unfitted"
+        if self._klt is None:
+            return "pca-unfitted"
+        given = f"{self.compression} {self.channels} {self.power} {self._klt.digest()}"
+        return f"pca-{hashlib.sha256(given.encode()).hexdigest()[:16]}"
 
     def encode(self, video: Tensor) -> Tensor:
         """Video [B, 3, F, H, W] -> latents [B, C, F/t, H/h, W/w]."""
-        basis, mean, scale, _ = self._fitted()
+        klt = self._fitted()
         check_video(video, self)
-        patches = to_patches(video.to(self.device, torch.float32), self.compression)
-        latents = (patches @ basis.T - mean) / scale  # [B, f, h, w, C]
+        with torch.autocast(self.device.type, enabled=False):
+            patches = to_patches(video.to(self.device, torch.float32), self.compression)
+            latents = (patches @ klt.basis.T - klt.mean) / klt.scale  # [B, f, h, w, C]
         return latents.permute(0, 4, 1, 2, 3).contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, f, h, w] -> video [B, 3, F, H, W], not clamped."""
-        basis, mean, scale, residual = self._fitted()
+        klt = self._fitted()
         if latents.ndim != 5 or latents.shape[1] != self.channels:
+            allowed = f"[B, {self.channels}, f, h, w]"
             raise Refusal(
-                "latents.shape",
-                tuple(latents.shape),
-                f"[B, {self.channels}, f, h, w]",
-                "use this codec's",
+                "latents.shape", tuple(latents.shape), allowed, "use this codec's latents"
             )
-        cells = latents.to(self.device, torch.float32).permute(0, 2, 3, 4, 1)
-        return from_patches((cells * scale + mean) @ basis + residual, self.compression)
+        with torch.autocast(self.device.type, enabled=False):
+            cells = latents.to(self.device, torch.float32).permute(0, 2, 3, 4, 1)
+            patches = (cells * klt.scale + klt.mean) @ klt.basis + klt.residual
+        return from_patches(patches, self.compression)
 
     def save(self, folder: str | Path) -> None:
         """Write config.json (with latents_mean and latents_std) and pca.safetensors."""
         from safetensors.torch import save_file
 
-        basis, mean, scale, residual = (tensor.cpu() for tensor in self._fitted())
+        klt = self._fitted().to(torch.device("cpu"))
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"basis": basis.contiguous(), "residual": residual}, folder / BASIS_FILE)
+        tensors = {"basis": klt.basis.contiguous(), "residual": klt.residual}
+        save_file(tensors, folder / BASIS_FILE)
         config = {
             "_class_name": "PCACodec",
             "format_version": FORMAT_VERSION,
             "patch": list(self.compression),
             "channels": self.channels,
             "power": self.power,
-            "latents_mean": mean.tolist(),
-            "latents_std": scale.tolist(),
+            "latents_mean": klt.mean.tolist(),
+            "latents_std": klt.scale.tolist(),
         }
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
     def to(self, device: torch.device | str) -> Self:
         """Move to a device, in place."""
         self.device = torch.device(device)
-        for name in ("_basis", "_mean", "_scale", "_residual"):
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else tensor.to(self.device))
+        self._klt = None if self._klt is None else self._klt.to(self.device)
         return self
 
     def valid_frames(self, frames: int) -> bool:
@@ -186,52 +181,30 @@ class PCACodec:
         t, h, w = self.compression
         return self.channels, frames // t, height // h, width // w
 
-    def _solve(self, mean: Tensor, covariance: Tensor) -> None:
-        """Take the leading eigenvectors of a covariance, [D] and [D, D] in fp64."""
-        variance, vectors = torch.linalg.eigh(covariance)  # ascending
-        basis = vectors.flip(1)[:, : self.channels].T  # [C, D]
-        # eigenvectors have no sign: the largest entry is made positive, so that refits agree
-        largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
-        basis = basis * largest.sign()
-        std = variance.flip(0)[: self.channels].clamp(min=0).sqrt()
-        std = std.clamp(min=max(STD_FLOOR * float(std.max()), 1e-6))
-        norm = std.pow(2 - 2 * self.power).mean().sqrt()
-        projected_mean = basis @ mean
-        self._basis = basis.float()
-        self._mean = projected_mean.float()
-        self._scale = (std.pow(self.power) * norm).float()
-        self._residual = (mean - projected_mean @ basis).float()  # the mean outside the basis
-
-    def _load(self, folder: Path, config: dict) -> None:
+    def _load(self, folder: Path, config: dict) -> Klt:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
             tensors = load_file(folder / BASIS_FILE)
-            self._basis, self._residual = tensors["basis"], tensors["residual"]
-            self._mean = torch.tensor(config["latents_mean"], dtype=torch.float32)
-            self._scale = torch.tensor(config["latents_std"], dtype=torch.float32)
-        except (OSError, SafetensorError, KeyError) as error:
-            raise Refusal(
-                "codec.path",
-                folder,
-                f"a folder with {CONFIG_FILE} and {BASIS_FILE}",
-                f"fit again: {error}",
-            ) from error
+            mean, scale = (torch.tensor(config[f"latents_{name}"]) for name in ("mean", "std"))
+            klt = Klt(tensors["basis"], mean, scale, tensors["residual"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            allowed = f"a folder with {CONFIG_FILE} and {BASIS_FILE}"
+            raise Refusal("codec.path", folder, allowed, f"fit again: {error}") from error
         values = 3 * self.compression[0] * self.compression[1] * self.compression[2]
-        expected = {"basis": (self.channels, values), "residual": (values,)}
-        for name, shape in expected.items():
-            if tuple(tensors[name].shape) != shape or not tensors[name].isfinite().all():
-                raise Refusal(
-                    f"codec {name}", tuple(tensors[name].shape), f"finite {shape}", "fit again"
-                )
+        shapes = ((self.channels, values), (self.channels,), (self.channels,), (values,))
+        for tensor, shape in zip(klt.tensors(), shapes, strict=True):
+            if tuple(tensor.shape) != shape or not tensor.isfinite().all():
+                given = f"numbers of shape {tuple(tensor.shape)}"
+                raise Refusal("codec.path", folder, f"finite {shape}", f"fit again: it has {given}")
+        return klt
 
-    def _fitted(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if self._basis is None:
-            raise Refusal(
-                "codec", "not fitted", "a fitted PCACodec", "give path=, or run gossamer encode"
-            )
-        return self._basis, self._mean, self._scale, self._residual
+    def _fitted(self) -> Klt:
+        if self._klt is None:
+            fix = "give path=, or run gossamer encode"
+            raise Refusal("codec", "not fitted", "a fitted PCACodec", fix)
+        return self._klt
 
 
 class DiffusersVAECodec:

@@ -19,7 +19,8 @@ def check_video(video: Tensor, codec: SizeRules) -> None:
     """Refuse what is not [B, 3, F, H, W] in sizes the codec takes."""
     if video.ndim != 5 or video.shape[1] != 3:
         raise Refusal("video.shape", tuple(video.shape), "[B, 3, F, H, W]", "give RGB in [-1, 1]")
-    check_size(*video.shape[2:], codec)
+    frames, height, width = video.shape[2:]
+    check_size(frames, height, width, codec)
 
 
 def check_size(frames: int, height: int, width: int, codec: SizeRules) -> None:

@@ -122,7 +122,7 @@ def test_a_missing_or_damaged_codec_folder_is_refused(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "pca.safetensors")
     tensors["basis"][0, 0] = float("nan")
     save_file(tensors, tmp_path / "pca.safetensors")
-    with pytest.raises(Refusal, match="codec basis"):
+    with pytest.raises(Refusal, match="finite"):
         load_codec(tmp_path)
     (tmp_path / "pca.safetensors").write_bytes(b"short")
     with pytest.raises(Refusal, match="fit again"):

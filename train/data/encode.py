@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 FIT_CLIPS = 200
 FIT_VIDEOS = 50
 OURS = re.compile(
-    r"(train|heldout)-\d{5}\.parquet(\.tmp)?|manifest\.json\.tmp|(bad_clips|skipped)\.jsonl(\.tmp)?"
-    r"|codec|\.cache|\.scratch.*"
+    r"(train|heldout)-\d{5}\.parquet|(bad_clips|skipped)\.jsonl|codec|\.cache|\.scratch.*"
+    r"|\.(train|heldout|bad_clips|skipped|manifest)[^/]*\.tmp"
 )
 
 

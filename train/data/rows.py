@@ -14,8 +14,9 @@ from tqdm import tqdm
 from gossamer.train.codec import Codec
 from gossamer.train.data.clips import Clip, with_copies
 from gossamer.train.data.settings import EncodeSettings
-from gossamer.train.data.shards import Manifest, Row, ShardWriter, publish, to_bytes
+from gossamer.train.data.shards import Manifest, Row, ShardWriter, to_bytes
 from gossamer.train.data.videos import Video
+from gossamer.train.files import write_atomic
 from gossamer.train.refusal import Refusal
 from gossamer.train.text import TextEncoder
 
@@ -32,7 +33,8 @@ class RowWriter:
         self._batch_size = batch_size
         prints = {"codec": codec.fingerprint, "text": text.fingerprint}
         self._shards = ShardWriter(out, settings.rows_per_shard, prints)
-        self._seen, self._bad = 0, []
+        self._seen = 0
+        self._bad: list[dict] = []
         self._sources: list[dict] = []
         self._skipped: list[dict] = []
         self._splits: Counter[str] = Counter()
@@ -61,8 +63,8 @@ class RowWriter:
 
     def finish(self, request: dict) -> Manifest:
         """Write what is left and the manifest; refuse on too many bad videos or no clip."""
-        _publish_lines(self._out / "bad_clips.jsonl", self._bad)
-        _publish_lines(self._out / "skipped.jsonl", self._skipped)
+        _write_lines(self._out / "bad_clips.jsonl", self._bad)
+        _write_lines(self._out / "skipped.jsonl", self._skipped)
         if len(self._bad) > BAD_SHARE * self._seen:
             first = "; ".join(f"{bad['video']}: {bad['reason']}" for bad in self._bad[:5])
             raise Refusal(
@@ -144,10 +146,8 @@ class RowWriter:
 
 def _pixel_hash(video: Tensor) -> str:
     pixels = video.add(1).mul_(127.5).round_().to(torch.uint8)
-    return hashlib.sha256(pixels.contiguous().numpy()).hexdigest()
+    return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _publish_lines(path: Path, entries: list[dict]) -> None:
-    publish(
-        path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode()
-    )
+def _write_lines(path: Path, entries: list[dict]) -> None:
+    write_atomic(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))

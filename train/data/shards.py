@@ -3,14 +3,14 @@
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, get_type_hints
 
 import torch
 from torch import Tensor
 
+from gossamer.train.files import sha256, write_atomic
 from gossamer.train.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -93,16 +93,13 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Write atomically: the act that makes the data count as finished."""
         text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
-        publish(folder / MANIFEST, (text + "\n").encode())
+        write_atomic(folder / MANIFEST, text + "\n")
 
     def verify(self, folder: Path) -> None:
         """Refuse if any shard is missing or differs by a byte."""
         for shard in self.shards:
             path = folder / shard.file
-            found = "missing"
-            if path.is_file():
-                with path.open("rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = sha256(path) if path.is_file() else "missing"
             if found != shard.sha256:
                 raise Refusal(
                     f"shard {path}",
@@ -155,8 +152,8 @@ class ShardWriter:
             use_dictionary=False,
             write_page_checksum=True,
         )
-        content = sink.getvalue()
-        publish(path, content)
+        content = sink.getvalue().to_pybytes()
+        write_atomic(path, content)
         digest = hashlib.sha256(content).hexdigest()
         self.shards.append(Shard(path.name, digest, len(rows), split))
 
@@ -165,24 +162,14 @@ def schema() -> "pyarrow.Schema":
     """The columns of a shard, in the order of Row."""
     import pyarrow as pa
 
-    types = {str: pa.string(), int: pa.int32(), float: pa.float64(), bytes: pa.binary()}
-    types[list[int]] = pa.list_(pa.int32())
-    return pa.schema([(column.name, types[column.type]) for column in dataclasses.fields(Row)])
-
-
-def publish(path: Path, content: bytes) -> None:
-    """Write under a temporary name, flush to disk, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    types: dict[object, pa.DataType] = {
+        str: pa.string(),
+        int: pa.int32(),
+        float: pa.float64(),
+        bytes: pa.binary(),
+        list[int]: pa.list_(pa.int32()),
+    }
+    return pa.schema([(name, types[kind]) for name, kind in get_type_hints(Row).items()])
 
 
 def to_bytes(tensor: Tensor) -> bytes:

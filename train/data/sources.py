@@ -1,10 +1,10 @@
 """Which videos to encode, with their captions."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from gossamer.train.files import sha256
 from gossamer.train.refusal import Refusal
 
 VIDEO_SUFFIXES = frozenset(
@@ -24,8 +24,7 @@ class SourceItem:
     def content_hash(self) -> str:
         """SHA-256 of the file, or "missing"."""
         try:
-            with self.path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return sha256(self.path)
         except OSError:
             return "missing"
 
@@ -44,7 +43,7 @@ def list_sources(source: str | Path) -> list[SourceItem]:
     elif path.suffix == ".jsonl":
         items = _json_lines(path)
     elif path.suffix == ".txt":
-        names = [line.strip() for line in path.read_text().splitlines()]
+        names = [line.strip() for line in _read(path).splitlines()]
         items = [_item(path.parent, name) for name in names if name]
     else:
         items = [_item(path.parent, path.name)]
@@ -72,7 +71,7 @@ def _folder(folder: Path) -> list[SourceItem]:
 
 def _json_lines(path: Path) -> list[SourceItem]:
     items = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(_read(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -95,5 +94,14 @@ def _item(folder: Path, name: str, caption: str | None = None) -> SourceItem:
     path = folder / name
     if caption is None:
         sidecar = path.with_suffix(".txt")
-        caption = sidecar.read_text().strip() if sidecar.is_file() else ""
+        caption = _read(sidecar).strip() if sidecar.is_file() else ""
     return SourceItem(path, name, caption)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(
+            str(path), "unreadable", "UTF-8 text", f"save it as UTF-8: {error}"
+        ) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
+from tqdm import tqdm
 
 from gossamer.train.data.shots import ChangeMeter
 
@@ -44,6 +45,7 @@ def read_video(
     scratch: Path,
     fps: float | None = None,
     zoom: float = 1.0,
+    progress: bool = False,
 ) -> Footage:
     """Decode, resize to cover height x width, crop the centre; rotation flags are ignored.
 
@@ -61,7 +63,14 @@ def read_video(
             source_fps = stream.average_rate or stream.guessed_rate or Fraction(24)
             zoom = min(zoom, stream.width / width, stream.height / height)
             wide = (int(height * zoom), int(width * zoom)) if zoom > 1 else (height, width)
-            frames = _resampled(container.decode(stream), source_fps, fps)
+            decoded = tqdm(
+                container.decode(stream),
+                total=stream.frames or None,
+                desc=f"decode {path.name}",
+                unit="frame",
+                disable=None if progress else True,
+            )
+            frames = _resampled(decoded, source_fps, fps)
             return _store(frames, (height, width), wide, float(fps or source_fps), scratch)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise BadClip(f"{type(error).__name__}: {error}") from error

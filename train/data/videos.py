@@ -70,6 +70,7 @@ class Videos:
                 scratch=self._scratch,
                 fps=settings.fps,
                 zoom=1 / SMALLEST_CROP if settings.augment else 1.0,
+                progress=len(self._items) == 1,
             )
         except BadClip as error:
             return Video(item, bad=error.reason)

@@ -126,9 +126,9 @@ def test_an_unfinished_encode_is_cleared_but_foreign_files_are_not(
     out = tmp_path / "data"
     out.mkdir()
     (out / "train-00007.parquet").write_bytes(b"half")
-    (out / "train-00008.parquet.tmp").write_bytes(b"half")
+    (out / ".train-00008.parquet.77.tmp").write_bytes(b"half")
     run(film, out)
-    assert sorted(path.name for path in out.glob("*parquet*")) == [
+    assert sorted(path.name for path in out.glob("*") if "parquet" in path.name) == [
         "heldout-00000.parquet",
         "train-00000.parquet",
     ]
@@ -193,6 +193,12 @@ def test_more_than_five_percent_bad_is_refused_with_the_first_five(
     assert "bad5.mp4" not in str(error.value)
     assert len((tmp_path / "data/bad_clips.jsonl").read_text().splitlines()) == 7
     assert Manifest.load(tmp_path / "data") is None
+
+
+def test_a_single_bad_video_is_refused_with_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "v.mp4").write_bytes(b"not a video")
+    with pytest.raises(Refusal, match=r"1 of 1 videos unusable.*v\.mp4: InvalidDataError"):
+        run(tmp_path / "v.mp4", tmp_path / "data")
 
 
 def test_no_clip_left_is_refused_and_says_why(make_video: Callable, tmp_path: Path) -> None:

@@ -52,6 +52,12 @@ def test_a_wrong_line_is_refused_by_number(tmp_path: Path, line: str) -> None:
         list_sources(tmp_path / "list.jsonl")
 
 
+def test_a_caption_that_is_not_text_is_refused(folder: Path) -> None:
+    (folder / "b.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(Refusal, match=r"b\.txt.*UTF-8"):
+        list_sources(folder)
+
+
 def test_no_source_no_video_or_a_repeated_video_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="check the path"):
         list_sources(tmp_path / "missing")
