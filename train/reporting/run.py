@@ -1,0 +1,146 @@
+"""What a report reads of a run: its evaluation, calibration, metrics and resolved config."""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gossamer.train.refusal import Refusal
+
+Array = NDArray[np.float64]
+
+METRICS = ("loss", "lr", "grad_norm", "density", "step_seconds", "data_seconds")
+EVALUATE = "run `gossamer evaluate` for it first"
+
+
+@dataclass(frozen=True, eq=False)
+class VelocityError:
+    """Relative velocity error of N held-out clips at T noise levels, after from R seeds."""
+
+    before: Array  # [N, T]
+    after: Array  # [R, N, T]
+    seeds: tuple[str, ...]
+
+    @classmethod
+    def read(cls, evaluation: dict[str, Any]) -> "VelocityError":
+        """Take the errors out of an evaluation; Refusal where the shapes do not fit."""
+        error = evaluation["velocity_error"]
+        seeds = tuple(sorted(error["after"], key=int))
+        before = np.asarray(error["before"], dtype=np.float64)
+        after = [np.asarray(error["after"][seed], dtype=np.float64) for seed in seeds]
+        expected = (before.shape[0], len(evaluation["noise_levels"]))
+        shapes = [before.shape, *(matrix.shape for matrix in after)]
+        if not after or any(shape != expected for shape in shapes):
+            raise Refusal(
+                "evaluation.velocity_error",
+                f"shapes {shapes}",
+                f"{expected} (clips, noise levels) before and after for one seed or more",
+                "run `gossamer evaluate` again",
+            )
+        return cls(before=before, after=np.stack(after), seeds=seeds)
+
+    @property
+    def seed_means(self) -> Array:
+        """Return each seed's mean over clips and noise levels, [R]."""
+        return self.after.mean((1, 2))
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """The files of one run; a part that the run does not have is None or empty."""
+
+    folder: Path
+    evaluation: dict[str, Any]
+    calibration: dict[str, Any] | None
+    curves: dict[str, dict[str, Array]]  # {seed label: {"step" and METRICS: [rows]}}
+    config: str | None
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """Read the run in this folder; Refusal where it was not evaluated."""
+        if not folder.is_dir():
+            raise Refusal("run", folder, "the folder of a run", "give the folder training wrote")
+        evaluation = _read_json(folder / "evaluation" / "evaluation.json")
+        if evaluation is None:
+            raise Refusal("run", folder, "a run that holds evaluation/evaluation.json", EVALUATE)
+        if not {"velocity_error", "flow_matching_loss"} & evaluation.keys():
+            raise Refusal(
+                "evaluation",
+                sorted(evaluation),
+                "one that holds velocity_error or flow_matching_loss",
+                EVALUATE,
+            )
+        config = folder / "config.yaml"
+        return cls(
+            folder=folder,
+            evaluation=evaluation,
+            calibration=_read_json(folder / "calibration" / "calibration.json"),
+            curves=_read_curves(folder),
+            config=config.read_text() if config.is_file() else None,
+        )
+
+    @property
+    def is_dense(self) -> bool:
+        """Say whether this run trained a dense teacher."""
+        return "flow_matching_loss" in self.evaluation
+
+    @property
+    def report(self) -> Path:
+        """Return the folder of the report."""
+        return self.folder / "report"
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise Refusal(path.name, path, f"a JSON file ({error})", "write it again") from error
+    return content
+
+
+def _read_curves(folder: Path) -> dict[str, dict[str, Array]]:
+    repeats = sorted(
+        folder.glob("repeats/seed-*/metrics.jsonl"),
+        key=lambda path: int(path.parent.name.removeprefix("seed-")),
+    )
+    files = {_label(folder / "config.yaml"): folder / "metrics.jsonl"}
+    files |= {path.parent.name.replace("-", " "): path for path in repeats}
+    curves = {
+        label: _columns(path.read_text().splitlines())
+        for label, path in files.items()
+        if path.is_file()
+    }
+    return {label: columns for label, columns in curves.items() if len(columns["step"])}
+
+
+def _label(config: Path) -> str:
+    """Return `seed 0` where the config names the seed of the run's own training."""
+    seed = re.search(r"^seed: *(\d+)", config.read_text(), re.M) if config.is_file() else None
+    return f"seed {seed[1]}" if seed else "this run"
+
+
+def _columns(lines: Iterable[str]) -> dict[str, Array]:
+    """Return the metrics by name; of a step that a resume repeated the last row counts."""
+    rows: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # a row cut short when the process was killed
+            continue
+        rows[row["step"]] = row
+    ordered = [rows[step] for step in sorted(rows)]
+    return {
+        name: np.array([_number(row.get(name)) for row in ordered], dtype=np.float64)
+        for name in ("step", *METRICS)
+    }
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
