@@ -245,7 +245,7 @@ def _check_type(expected: Any, value: Any, key: str) -> None:
     is_bool = isinstance(value, bool) and bool not in types
     if is_bool or not isinstance(value, types):
         raise Refusal(key, value, words, f"the default is {expected}")
-    if isinstance(expected, list) and expected:
+    if isinstance(value, list) and expected:
         for index, item in enumerate(value):
             _check_type(expected[0], item, f"{key}[{index}]")
 

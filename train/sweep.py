@@ -112,7 +112,8 @@ def launch_command(launch: Launch, overrides: Sequence[str]) -> list[str]:
 def _split(overrides: Sequence[str]) -> tuple[Launch, list[Override], list[Override]]:
     """Part sweep.* from the swept and the constant overrides."""
     settings: dict[str, Any] = {}
-    swept, constant = [], []
+    swept: list[Override] = []
+    constant: list[Override] = []
     for override in parse_overrides(overrides):
         key = override.key_or_group
         if key.startswith("sweep."):

@@ -1,0 +1,119 @@
+"""The wheel and the editable install work from any directory, beside Hugging Face's kernels."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("gossamer", "kernels", "sparse", "train", "conf", "recipes")
+FILES = ("pyproject.toml", "README.md", "LICENSE")
+
+# What a user does first, and what breaks when a part is missing from the installation.
+PROBE = """
+import os, sys
+from importlib.resources import files
+from pathlib import Path
+import gossamer.kernels.blocks
+import gossamer.sparse.layout
+from gossamer.train.config import build, compose, recipes
+cfg = compose(["layout=row_major", "layout.q_block=32"])
+assert build(cfg.layout).block_shape == (32, 64)
+assert all(compose([f"recipe={name}"]).name == name for name in recipes())
+assert Path(cfg.model.path).parent.parent == Path(str(files("gossamer.recipes"))).resolve()
+print(Path(gossamer.__file__).resolve())
+"""
+FOREIGN = "import kernels; assert kernels.get_kernel() == 'hub', kernels"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copy what a clone holds, so that building leaves nothing in this one."""
+    folder = tmp_path_factory.mktemp("checkout")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for part in PARTS:
+        shutil.copytree(ROOT / part, folder / part, symlinks=True, ignore=ignore)
+    for name in FILES:
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path) -> Path:
+    out = checkout.parent / f"{checkout.name}-wheel"
+    pip("wheel", "--no-deps", "--no-build-isolation", "-w", out, checkout)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module", params=["wheel", "editable"])
+def python(
+    request: pytest.FixtureRequest,
+    checkout: Path,
+    wheel: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Return the interpreter of an environment with gossamer and a package called kernels."""
+    environment = tmp_path_factory.mktemp(request.param)
+    run(sys.executable, "-m", "venv", "--without-pip", environment)
+    interpreter = environment / "bin" / "python"
+    site = Path(run(interpreter, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
+    # The tests' own environment supplies torch and the rest; nothing is downloaded.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (site / "kernels").mkdir()
+    (site / "kernels" / "__init__.py").write_text("def get_kernel():\n    return 'hub'\n")
+    source = [wheel] if request.param == "wheel" else ["--no-build-isolation", "-e", checkout]
+    pip("--python", interpreter, "install", "--no-deps", "--no-index", *source)
+    return interpreter
+
+
+def run(*command: object, cwd: Path | None = None) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout.strip()
+
+
+def pip(*arguments: object) -> None:
+    run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments)
+
+
+def test_the_wheel_holds_every_module_config_recipe_and_asset(wheel: Path) -> None:
+    expected = {"gossamer/__init__.py", "gossamer/py.typed"}
+    for part in PARTS[1:]:
+        for path in (ROOT / part).rglob("*"):
+            is_asset = part == "recipes" or path.suffix in (".py", ".yaml")
+            if path.is_file() and is_asset and "__pycache__" not in path.parts:
+                expected.add(f"gossamer/{path.relative_to(ROOT)}")
+    with ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if name.startswith("gossamer/")}
+        tops = {name.partition("/")[0] for name in archive.namelist()}
+    assert names == expected
+    assert tops == {"gossamer", wheel.name.replace("-py3-none-any.whl", ".dist-info")}
+
+
+def test_it_works_from_any_directory(python: Path, checkout: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path, checkout):
+        run(python, "-c", PROBE, cwd=folder)
+    gossamer = python.parent / "gossamer"
+    assert "usage: gossamer VERB" in run(gossamer, "--help", cwd=tmp_path)
+    assert "sparsity: 0.7" in run(gossamer, "train", "--cfg", "sparsity=0.7", cwd=tmp_path)
+
+
+def test_outside_the_checkout_the_installed_files_are_used(
+    python: Path, checkout: Path, tmp_path: Path
+) -> None:
+    found = Path(run(python, "-c", PROBE, cwd=tmp_path))
+    is_editable = found.is_relative_to(checkout)
+    assert is_editable or found.is_relative_to(python.parent.parent)
+
+
+def test_hugging_faces_kernels_stays_theirs(python: Path, checkout: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path, checkout):
+        run(python, "-c", FOREIGN, cwd=folder)
+        run(python, "-c", f"import gossamer.kernels.blocks\n{FOREIGN}", cwd=folder)
