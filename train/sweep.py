@@ -102,6 +102,8 @@ def launch_command(launch: Launch, overrides: Sequence[str]) -> list[str]:
     """Return the `accelerate launch` of one job."""
     options = ["--num_processes", str(launch.num_processes), "--num_machines", "1"]
     options += ["--mixed_precision", launch.mixed_precision, "--dynamo_backend", "no"]
+    threads = max(1, (os.cpu_count() or 1) // launch.num_processes)  # accelerate's default is 1
+    options += ["--num_cpu_threads_per_process", str(threads)]
     if launch.num_processes > 1:
         # Without --multi_gpu accelerate starts one process on a CPU, silently.
         options += ["--multi_gpu", "--main_process_port", "0"]
