@@ -36,7 +36,7 @@ ROWS_KEPT = 64  # score rows a layer, head and sample kept to find p
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration found; lists are [layer][head] and, where named, [noise level] or [density]."""
+    """What calibration found; lists are [layer][head], then what the comment names."""
 
     layers: list[str]
     num_heads: int

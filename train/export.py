@@ -25,7 +25,7 @@ def export(
     pipeline: LatentVideoPipeline | Path | None,
     card: str,
     overwrite: bool,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype,
 ) -> None:
     """Export a student (its processors are taken out) to `folder`.
 
@@ -41,17 +41,21 @@ def export(
     sparse = any(isinstance(a, SparseAttention) for a in attentions(student).values())
     state = {name: tensor.clone() for name, tensor in mask_state(student).items()}
     detach(student)
-    student.to(dtype or torch.float32).save_pretrained(partial / "transformer")
     if sparse:
         assert spec is not None
         save_policy(partial, spec, state)
+    if student.dtype != dtype:
+        student.to(dtype)
+    student.save_pretrained(partial / "transformer")
+    for file in partial.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes files for the owner alone
     if isinstance(pipeline, LatentVideoPipeline):
         pipeline.save(partial)
     elif pipeline is not None:
         _link_components(pipeline, partial)
     (partial / "README.md").write_text(card)
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    partial.replace(folder)
     log.info("exported to %s (%s)", folder, f"with {CONFIG_NAME}" if sparse else "dense")
 
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from gossamer.sparse.attach import attach, attentions, method_from_spec
+from gossamer.sparse.attach import attach, method_from_spec
 from gossamer.sparse.attention import resolve_backend
 from gossamer.train import checkpoint, loop
 from gossamer.train.calibrate import Calibration, calibrate
@@ -295,8 +295,12 @@ def _train(job: Job) -> None:
         if job.accelerator.is_main_process:
             config = OmegaConf.to_container(job.cfg, resolve=True)
             tracker.start(folder, config)
+        student = job.student(seed)
+        if job.cfg.compile:
+            for block in student.blocks:
+                block.compile()
         loop.train(
-            Distiller(job.student(seed), teacher, loss, job.noise, seed),
+            Distiller(student, teacher, loss, job.noise, seed),
             dataset,
             job.accelerator,
             settings,

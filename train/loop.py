@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -147,6 +148,8 @@ def train(
     newest = checkpoint.latest(checkpoints)
     if newest is not None:
         progress.restore(newest)
+        if settings.ema and not progress.ema:
+            progress.start_ema()
         log.info("resumed from %s at step %d of %d", newest, progress.step, settings.steps)
     if progress.step >= settings.steps:
         return progress
@@ -181,17 +184,23 @@ def train(
             if progress.step % settings.log_every == 0:
                 tracker.log(progress.step, metrics)
         if progress.step % settings.checkpoint_every == 0 or progress.step == settings.steps:
+            saved = True
             if rows is not None:
                 rows.sync()
-                saved = progress.save(checkpoints, settings.keep_checkpoints)
-                failed_saves = 0 if saved else failed_saves + 1
-                if failed_saves >= MAX_FAILED_SAVES:
-                    raise Refusal(
-                        "checkpoints", checkpoints, "a disk that takes them", "free some space"
-                    )
-            accelerator.wait_for_everyone()
+                saved = progress.save(checkpoints, settings.keep_checkpoints) is not None
+            failed_saves = 0 if _agreed(saved, accelerator) else failed_saves + 1
+            last = progress.step == settings.steps
+            if failed_saves >= MAX_FAILED_SAVES or (failed_saves and last):
+                raise Refusal(
+                    "checkpoints", checkpoints, "a disk that takes them", "free some space"
+                )
     bar.close()
     return progress
+
+
+def _agreed(value: bool, accelerator: Accelerator) -> bool:
+    """Return the main process's value in every process; waits for all."""
+    return bool(broadcast(torch.tensor(int(value), device=accelerator.device)))
 
 
 def _steps(

@@ -84,6 +84,7 @@ class ScratchWan:
         condition: Condition = "none",
     ) -> None:
         self.condition = _known_condition(condition)
+        # freq_dim 128 and 64 rotary positions are enough for teachers of this size
         self._config = {
             "num_attention_heads": num_heads,
             "attention_head_dim": head_dim,

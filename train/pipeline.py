@@ -1,6 +1,7 @@
 """From text and a first frame to video: the sampler, the small pipeline, and loading an export."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ from gossamer.train.files import write_atomic
 from gossamer.train.model import Condition, velocity
 from gossamer.train.noise import shift_levels
 from gossamer.train.refusal import Refusal
-from gossamer.train.text import HashedWords, PipelineText, TextEncoder
+from gossamer.train.text import HashedWords, TextEncoder
 
 INDEX = "model_index.json"
 
@@ -33,7 +34,7 @@ def euler_sample(
     """Return latents [B, C, f, h, w]: Euler steps of the velocity from t = 1 (noise) to t = 0."""
     levels = shift_levels(torch.linspace(1, 0, steps + 1), shift).tolist()
     x = noise
-    pairs = list(zip(levels[:-1], levels[1:], strict=True))
+    pairs = list(pairwise(levels))
     for now, after in tqdm(pairs, desc=progress, unit="step", disable=progress is None):
         t = torch.full((len(x),), now, device=x.device)
         x = x + (after - now) * velocity(transformer, x, t, text, condition)

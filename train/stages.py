@@ -151,8 +151,9 @@ def export_stage(job: "Job") -> None:
         pipeline=_pipeline_parts(job, student),
         card=_card(job),
         overwrite=job.cfg.export.overwrite or _is_own(folder),
+        dtype=getattr(torch, job.cfg.export.dtype),
     )
-    if job.is_sparse:
+    if job.is_sparse and job.cfg.export.dtype == "float32":
         reloaded = load_pipeline(folder).transformer.to(job.device)
         if not torch.equal(velocities(reloaded, samples, "reloaded export")[0], expected):
             raise Refusal(

@@ -58,6 +58,7 @@ class Processor(nn.Module):
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
         if rotary_emb is not None:
             query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
+        query, key = query.type_as(value), key.type_as(value)  # under autocast the norms give fp32
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, H, S, D]
         out = self.attention(q, k, v, self.context.grid, self.context.timestep)
         out = out.transpose(1, 2).flatten(2).type_as(query)
