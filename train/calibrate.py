@@ -117,7 +117,7 @@ def calibrate(
     """Return per-head budgets of mean density 1 - sparsity for a teacher attached densely."""
     start = time.monotonic()
     layers = list(attentions(teacher))
-    heads = teacher.config.num_attention_heads
+    heads = int(teacher.config.num_attention_heads)  # type: ignore[arg-type]
     attention = SparseAttention(method, heads)
     curve = torch.zeros(len(layers), heads, len(densities), dtype=torch.float64)
     rows: list[list[Tensor]] = [[] for _ in layers]
@@ -144,7 +144,7 @@ def calibrate(
     budgets = [_budgets(share, rows, top_k) for top_k in TOP_K_SHARES]
 
     error = torch.zeros(len(TOP_K_SHARES), len(layers), heads, dtype=torch.float64)
-    density = torch.zeros_like(error)
+    achieved = torch.zeros_like(error)
     mass = torch.zeros(*error.shape, len(noise_levels), dtype=torch.float64)
     for sample, index, layer in _capture(
         teacher, attention, samples, probes, seed, "calibrate split"
@@ -155,7 +155,7 @@ def calibrate(
             policy.set_budget(k[index], p[index])
             effect, mask = layer.error(attention, policy)
             error[i, index] += effect.double().cpu().sum(0)
-            density[i, index] += mask.density.cpu().sum(0)
+            achieved[i, index] += mask.density.cpu().sum(0)
             mass[i, index, :, sample.level] += mask.captured(true_mass).double().cpu().sum(0)
     best = error.argmin(0, keepdim=True)  # [1, L, H]
     per_level = num_samples / len(noise_levels)
@@ -166,7 +166,7 @@ def calibrate(
         num_heads=heads,
         noise_levels=noise_levels,
         target_density=target,
-        planned_density=float(density.gather(0, best).mean()) / num_samples,
+        planned_density=float(achieved.gather(0, best).mean()) / num_samples,
         k=k.tolist(),
         p=p.tolist(),
         captured_mass=chosen_mass.tolist(),

@@ -107,7 +107,7 @@ def _check_sparsity(
 ) -> dict[str, Any]:
     spec = {n: build(cfg[n]) for n in ("layout", "estimator", "policy", "compensation")}
     method = method_from_spec({**spec, "backend": cfg.backend})
-    _, kv_layout = method.layout.build(grid)
+    _, kv_layout = method.layout.build(grid)  # type: ignore[attr-defined]
     num_blocks = kv_layout.num_blocks
     most = 1 - 1 / num_blocks
     if cfg.sparsity > most + 1e-9:

@@ -23,6 +23,7 @@ class Distiller(nn.Module):
         if loss.needs_teacher and teacher is None:
             raise ValueError(f"loss={loss.name}: it needs a teacher; pass one")
         self.student = student
+        self.teacher: nn.Module | None
         self.__dict__["teacher"] = teacher  # frozen: no part of state dict, DDP or optimizer
         self.loss, self.noise, self.seed = loss, noise, seed
 
@@ -36,7 +37,7 @@ class Distiller(nn.Module):
         t, noise = sample_noise(self.noise, latent, seeds)
         x = add_noise(latent, noise, t)
         target = None
-        if self.loss.needs_teacher:
+        if self.loss.needs_teacher and self.teacher is not None:
             with torch.no_grad():
                 target = velocity(self.teacher, x, t, text, condition)
         student = velocity(self.student, x, t, text, condition)

@@ -75,7 +75,9 @@ class Job:
     def method_spec(self) -> dict[str, Any]:
         """Return the config nodes of the sparse method, as the export stores them."""
         names = ("layout", "estimator", "policy", "compensation", "backend")
-        return {n: OmegaConf.to_container(OmegaConf.create({n: self.cfg[n]}))[n] for n in names}
+        spec = OmegaConf.to_container(OmegaConf.masked_copy(self.cfg, list(names)))
+        assert isinstance(spec, dict)
+        return {str(name): value for name, value in spec.items()}
 
     def dataset(self, split: str) -> LatentDataset:
         return LatentDataset(self.cfg.data.dir, split)
@@ -239,7 +241,8 @@ def _encode(job: Job) -> None:
     settings = OmegaConf.to_container(job.cfg.data, resolve=True)
     assert isinstance(settings, dict)
     source, folder = settings.pop("source"), settings.pop("dir")
-    encode(source, folder, codec=build(job.cfg.codec).to(job.device), text=job.text, **settings)
+    codec = build(job.cfg.codec).to(job.device)
+    encode(source, folder, codec=codec, text=job.text, **settings)  # type: ignore[arg-type]
 
 
 def _calibrate(job: Job) -> None:
@@ -279,8 +282,16 @@ def _calibrate(job: Job) -> None:
 def _train(job: Job) -> None:
     options = OmegaConf.to_container(job.cfg.optimizer, resolve=True)
     assert isinstance(options, dict)
-    names = ("steps", "batch_size", "grad_accumulation", "ema", "num_workers", "log_every")
-    names += ("checkpoint_every", "keep_checkpoints")
+    names = (
+        "steps",
+        "batch_size",
+        "grad_accumulation",
+        "ema",
+        "num_workers",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+    )
     loss = build(job.cfg.loss)
     teacher = job.dense() if loss.needs_teacher else None
     dataset = job.dataset("train")

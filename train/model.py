@@ -118,7 +118,7 @@ def velocity(
     t [B] is the noise level in [0, 1]; text [B, L, dim]; condition is shaped as x.
     """
     hidden = x if condition is None else torch.cat([x, condition], dim=1)
-    dtype = transformer.patch_embedding.weight.dtype
+    dtype: torch.dtype = transformer.patch_embedding.weight.dtype  # type: ignore[assignment]
     return transformer(
         hidden_states=hidden.to(dtype),
         timestep=t * 1000,

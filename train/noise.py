@@ -1,6 +1,7 @@
 """The noise process x_t = (1 - t) x_0 + t noise, and how its noise level t is drawn."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,7 +56,7 @@ def shift_levels(u: Tensor, shift: float) -> Tensor:
 
 
 def sample_noise(
-    levels: NoiseLevels, latent: Tensor, seeds: list[tuple[int, ...]]
+    levels: NoiseLevels, latent: Tensor, seeds: Sequence[tuple[int, ...]]
 ) -> tuple[Tensor, Tensor]:
     """Draw t [B] and noise [B, C, f, h, w], each sample from its own seed.
 

@@ -105,7 +105,7 @@ def _evaluate_dense(job: "Job", clips: list[Clip]) -> dict[str, Any]:
         samples = noisy_samples(some, levels, options.batch_size, job.device)
         by_level: list[list[float]] = [[] for _ in levels]
         for sample, v in zip(samples, velocities(model, samples, split), strict=True):
-            latent = torch.stack([c["latent"] for c in some])
+            latent = torch.stack([c["latent"] for c in some])  # type: ignore[misc]
             start = sum(len(x) for x in [by_level[sample.level]])
             x0 = latent[start : start + len(v)]
             t = sample.t.cpu().view(-1, 1, 1, 1, 1)

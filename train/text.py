@@ -18,8 +18,9 @@ class TextEncoder(Protocol):
 
     dim: int
     length: int
-    fingerprint: str
 
+    @property
+    def fingerprint(self) -> str: ...
     def encode(self, prompts: list[str]) -> Tensor: ...
     def to(self, device: torch.device | str) -> Self: ...
 

@@ -58,7 +58,9 @@ def test_compiled_equals_eager_without_a_graph_break(make_problem: Callable, bac
         leaves = [x.clone().requires_grad_() for x in (problem.q, problem.k, problem.v)]
         out = attend(*leaves)
         results.append((out, *torch.autograd.grad(out, leaves, problem.grad_out)))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for eager, compiled in zip(*results, strict=True):
+        # tracing decomposes a few pointwise functions, which may round the last bit otherwise
+        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
