@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from gossamer.sparse.attach import method_from_spec
 from gossamer.sparse.attention import check_backend, resolve_backend
 from gossamer.sparse.layout import TokenGrid
-from gossamer.train.config import build, require_complete
+from gossamer.train.config import build, data_dir, require_complete
 from gossamer.train.data.shards import MANIFEST
 from gossamer.train.refusal import Refusal
 
@@ -33,7 +33,8 @@ def preflight(cfg: DictConfig, stages: list[str]) -> dict[str, Any]:
     facts: dict[str, Any] = {"device": device}
     if stages == ["report"]:
         return facts
-    manifest = Path(cfg.data.dir) / MANIFEST
+    folder = data_dir(cfg)
+    manifest = folder / MANIFEST
     if "encode" in stages:
         if not manifest.is_file() and not Path(cfg.data.source).exists():
             raise Refusal(
@@ -43,7 +44,7 @@ def preflight(cfg: DictConfig, stages: list[str]) -> dict[str, Any]:
                 "correct the path",
             )
     elif not manifest.is_file():
-        raise Refusal("data.dir", cfg.data.dir, f"a folder with {MANIFEST}", "run gossamer encode")
+        raise Refusal("data.dir", folder, f"a folder with {MANIFEST}", "run gossamer encode first")
     source = build(cfg.model)
     model = source.config()
     source.check_weights()

@@ -112,6 +112,14 @@ def fingerprint(cfg: DictConfig, keys: Sequence[str] | None = None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def data_dir(cfg: DictConfig) -> Path:
+    """Return where the encoded shards lie: data.dir, or a folder named by what decides them."""
+    if cfg.data.dir is not None:
+        return Path(cfg.data.dir)
+    stem = Path(str(cfg.data.source)).stem
+    return Path("data") / f"{stem}-{fingerprint(cfg, ['data', 'codec', 'text'])[:8]}"
+
+
 def save_config(cfg: DictConfig, path: str | Path) -> None:
     """Write the config resolved and redacted; the file appears whole or not at all."""
     write_atomic(Path(path), OmegaConf.to_yaml(OmegaConf.create(redact(_container(cfg)))))

@@ -19,7 +19,7 @@ from gossamer.sparse.attention import resolve_backend
 from gossamer.train import checkpoint, loop
 from gossamer.train.calibrate import Calibration, calibrate
 from gossamer.train.codec import Codec, load_codec
-from gossamer.train.config import build, fingerprint, save_config
+from gossamer.train.config import build, data_dir, fingerprint, save_config
 from gossamer.train.data.dataset import LatentDataset
 from gossamer.train.data.encode import encode
 from gossamer.train.distiller import Distiller
@@ -61,7 +61,7 @@ class Job:
     @cached_property
     def codec(self) -> Codec:
         """Return the codec that the data was encoded with."""
-        return load_codec(Path(self.cfg.data.dir) / "codec").to(self.device)
+        return load_codec(data_dir(self.cfg) / "codec").to(self.device)
 
     @cached_property
     def noise(self) -> Any:
@@ -80,7 +80,7 @@ class Job:
         return {str(name): value for name, value in spec.items()}
 
     def dataset(self, split: str) -> LatentDataset:
-        return LatentDataset(self.cfg.data.dir, split)
+        return LatentDataset(data_dir(self.cfg), split)
 
     def dense(self) -> nn.Module:
         """Return the starting transformer with dense attention, frozen, on the device."""
