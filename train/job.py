@@ -240,9 +240,10 @@ def _flat(cfg: Any) -> dict[str, Any]:
 def _encode(job: Job) -> None:
     settings = OmegaConf.to_container(job.cfg.data, resolve=True)
     assert isinstance(settings, dict)
-    source, folder = settings.pop("source"), settings.pop("dir")
+    source = settings.pop("source")
+    del settings["dir"]
     codec = build(job.cfg.codec).to(job.device)
-    encode(source, folder, codec=codec, text=job.text, **settings)  # type: ignore[arg-type]
+    encode(source, data_dir(job.cfg), codec=codec, text=job.text, **settings)
 
 
 def _calibrate(job: Job) -> None:
@@ -341,4 +342,32 @@ def _finish(job: Job, stages: list[str], seconds: float) -> dict[str, Any]:
     }
     if result["finished"]:
         write_atomic(job.run_dir / RESULT, json.dumps(result, indent=2) + "\n")
+        _summarise(job, metrics)
     return result
+
+
+def _summarise(job: Job, found: dict[str, Any]) -> None:
+    """Log the headline figures and where the report and the export are: a run's last lines."""
+    if job.is_sparse:
+        spread = found["error_after_sd"]
+        around = f" ± {spread:.4f} over {found['num_seeds']} seeds" if spread is not None else ""
+        job.log(
+            "relative velocity error to the dense teacher at sparsity %.3f, %d held-out clips x %d "
+            "noise levels: %.4f training-free, %.4f%s distilled (%.1f %% less)",
+            found["measured_sparsity"],
+            found["num_clips"],
+            found["num_noise_levels"],
+            found["error_before"],
+            found["error_after"],
+            around,
+            found["reduction_percent"],
+        )
+    else:
+        job.log(
+            "flow-matching loss: %.4f train, %.4f held out; samples: %.2f dB to the real clips",
+            found["train_loss"],
+            found["heldout_loss"],
+            found["psnr_to_real"],
+        )
+    job.log("export: %s", job.run_dir / "export")
+    job.log("report: %s", job.run_dir / "report" / "index.html")
