@@ -243,7 +243,7 @@ def _encode(job: Job) -> None:
     source = settings.pop("source")
     del settings["dir"]
     codec = build(job.cfg.codec).to(job.device)
-    encode(source, data_dir(job.cfg), codec=codec, text=job.text, **settings)
+    encode(source, data_dir(job.cfg), codec=codec, text=job.text, **settings)  # type: ignore[arg-type]
 
 
 def _calibrate(job: Job) -> None:
