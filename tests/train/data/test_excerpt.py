@@ -23,7 +23,7 @@ def test_the_excerpt_is_small_and_attributed() -> None:
 
 def test_holdout_035_is_exactly_the_second_part(tmp_path: Path) -> None:
     (item,) = list_sources(DEMO / "bbb_excerpt.mp4")
-    assert "rabbit" in item.caption
+    assert item.caption == ""  # the teacher was trained with the empty prompt
     footage = read_video(item.path, height=72, width=128, scratch=tmp_path)
     shots = find_shots(footage.histogram_distance, footage.change)
     assert len(shots) == 26 and len(footage.frames) == 1916
