@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from dataclasses import dataclass, fields
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -30,7 +29,7 @@ class Attachment:
     context: AttentionContext
     originals: dict[str, Any]
     handle: RemovableHandle
-    attentions: dict[str, nn.Module] = field(default_factory=dict)
+    attentions: dict[str, nn.Module]
 
 
 def attach(target: Any, source: SparseMethod | str | Path | None) -> Any:
@@ -46,7 +45,11 @@ def attach(target: Any, source: SparseMethod | str | Path | None) -> Any:
     if isinstance(source, str | Path):
         method, state = load_policy(source)
         _install(model, lambda heads: SparseAttention(method, heads))
-        load_mask_state(model, state)
+        try:
+            load_mask_state(model, state)
+        except ValueError:
+            detach(model)
+            raise
     elif source is None:
         _install(model, lambda heads: DenseAttention())
     else:
@@ -88,14 +91,18 @@ def mask_state(target: Any) -> dict[str, Tensor]:
 def load_mask_state(target: Any, state: dict[str, Tensor]) -> None:
     """Load what `mask_state` returned; ValueError when it belongs to another model."""
     own = mask_state(target)
-    if set(own) != set(state) or any(own[name].shape != state[name].shape for name in own):
-        odd = sorted(set(own) ^ set(state)) or sorted(
-            n for n in own if own[n].shape != state[n].shape
-        )
+    odd = sorted(own.keys() ^ state.keys())
+    odd += sorted(n for n in own.keys() & state.keys() if own[n].shape != state[n].shape)
+    if odd:
         raise ValueError(
             f"mask policy={odd[0]}: allowed is a policy made for this model "
             f"({len(own)} tensors); calibrate this model or load the one it was made for"
         )
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"mask policy={name}: allowed are finite numbers; the file is damaged, export again"
+            )
     for name, tensor in own.items():
         tensor.copy_(state[name])
 
@@ -112,7 +119,8 @@ def save_policy(folder: str | Path, spec: dict[str, Any], state: dict[str, Tenso
 
 
 def load_policy(folder: str | Path) -> tuple[SparseMethod, dict[str, Tensor]]:
-    """Read a mask policy; ValueError when a file is missing or of a newer format."""
+    """Read a mask policy; ValueError when a file is missing, damaged or of a newer format."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -122,64 +130,84 @@ def load_policy(folder: str | Path) -> tuple[SparseMethod, dict[str, Tensor]]:
                 f"path={folder}: allowed is a folder with {CONFIG_NAME} and {STATE_NAME}, "
                 f"{name} is missing; export with `gossamer export`"
             )
-    spec = json.loads((folder / CONFIG_NAME).read_text())
-    if spec.get("format_version") != FORMAT_VERSION:
+    try:
+        spec, state = json.loads((folder / CONFIG_NAME).read_text()), load_file(folder / STATE_NAME)
+        version, method = spec["format_version"], spec["method"]
+    except (json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(
-            f"format_version={spec.get('format_version')}: allowed is {FORMAT_VERSION}; "
+            f"path={folder}: allowed is a whole {CONFIG_NAME} and {STATE_NAME}; "
+            f"they are damaged, export again: {error}"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"format_version={version}: allowed is {FORMAT_VERSION}; "
             "install the gossamer version that wrote this policy"
         )
-    return method_from_spec(spec["method"]), load_file(folder / STATE_NAME)
+    return method_from_spec(method), state
 
 
 def method_from_spec(spec: dict[str, Any]) -> SparseMethod:
     """Build a SparseMethod from its config nodes, one for each of its fields."""
+    names = [field.name for field in fields(SparseMethod)]
+    if not {"layout", "estimator", "policy", "compensation"} <= spec.keys() <= set(names):
+        raise ValueError(f"method={sorted(spec)}: allowed is {', '.join(names)}; correct the names")
     return SparseMethod(**construct(spec))
 
 
 def transformer_of(target: Any) -> nn.Module:
     """Return the pipeline's transformer, or the model itself."""
-    return target if isinstance(target, nn.Module) else target.transformer
+    if isinstance(target, nn.Module):
+        return target
+    if getattr(target, "transformer_2", None) is not None:
+        raise ValueError(
+            "pipeline: it has two transformers, and one would stay as it is; give "
+            "pipe.transformer and pipe.transformer_2 one after the other"
+        )
+    return target.transformer
+
+
+def families() -> dict[str, ModuleType]:
+    """Return the class name of each model family that is known -> its module of sparse/models/."""
+    names = sorted(p.stem for p in Path(__file__).with_name("models").glob("*.py"))
+    names.remove("context")
+    modules = [import_module(f"gossamer.sparse.models.{name}") for name in names]
+    return {module.MODEL.__name__: module for module in modules}
 
 
 def family_of(model: nn.Module) -> ModuleType:
-    """Return the module of sparse/models/ for the model's class.
-
-    A family file is named as diffusers names its own: transformer_wan.py -> models/wan.py.
-    """
-    known = sorted(p.stem for p in Path(__file__).with_name("models").glob("*.py"))
-    known.remove("context")
-    family = type(model).__module__.rpartition("transformer_")[2]
-    if family not in known:
-        near = get_close_matches(family, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "see docs/adding_a_model.md to add it"
-        raise ValueError(
-            f"model={type(model).__name__}: allowed families are {', '.join(known)}; {hint}"
-        )
-    return import_module(f"gossamer.sparse.models.{family}")
+    """Return the module of sparse/models/ whose MODEL the model is an instance of."""
+    known = families()
+    for family in known.values():
+        if isinstance(model, family.MODEL):
+            return family
+    raise ValueError(
+        f"model={type(model).__name__}: allowed is {' or '.join(known)}; "
+        "see docs/adding_a_model.md to add a family"
+    )
 
 
 def _install(model: nn.Module, make: Callable[[int], nn.Module]) -> None:
     family = family_of(model)
-    context = AttentionContext()
-    record = Attachment(context, {}, _fill_before_forward(model, family, context))
+    layers = dict(family.self_attentions(model))
     device = next(model.parameters()).device
-    for name, layer in list(family.self_attentions(model)):
-        record.originals[name] = layer.processor
-        record.attentions[name] = make(layer.heads).to(device)
-        layer.processor = family.Processor(record.attentions[name], context)
-    model.__dict__[_RECORD] = record
+    made = {name: make(layer.heads).to(device) for name, layer in layers.items()}
+    originals = {name: layer.processor for name, layer in layers.items()}
+    context = AttentionContext()
+    for name, layer in layers.items():
+        layer.processor = family.Processor(made[name], context)
+    handle = _fill_before_forward(model, family)
+    model.__dict__[_RECORD] = Attachment(context, originals, handle, made)
 
 
-def _fill_before_forward(
-    model: nn.Module, family: ModuleType, context: AttentionContext
-) -> RemovableHandle:
+def _fill_before_forward(model: nn.Module, family: ModuleType) -> RemovableHandle:
     parameters = signature(model.forward)
 
     def fill(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = parameters.bind(*args, **kwargs).arguments
-        context.grid = family.token_grid(module, call)
-        context.timestep = call["timestep"]
-        for attention in attentions(module).values():
+        record: Attachment = module.__dict__[_RECORD]  # of the module: a deep copy has its own
+        record.context.grid = family.token_grid(module, call)
+        record.context.timestep = call["timestep"]
+        for attention in record.attentions.values():
             if isinstance(attention, SparseAttention):
                 attention.reset()
 

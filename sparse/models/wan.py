@@ -21,7 +21,7 @@ def self_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def token_grid(model: nn.Module, kwargs: dict[str, Tensor]) -> TokenGrid:
     """Return the grid of the patchified latents [B, C, T, H, W]; Wan keeps text out of it."""
     *_, frames, height, width = kwargs["hidden_states"].shape
-    t, h, w = model.config.patch_size
+    t, h, w = model.config.patch_size  # type: ignore[misc]
     return TokenGrid(frames // t, height // h, width // w)
 
 
