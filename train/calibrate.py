@@ -59,6 +59,16 @@ class Calibration:
     def load(cls, folder: Path) -> "Calibration":
         return cls(**json.loads((folder / "calibration.json").read_text()))
 
+    def table(self) -> list[str]:
+        """Return lines: captured attention mass of each layer by noise level, its heads' range."""
+        levels = "  ".join(f"t={t:g}" for t in self.noise_levels)
+        lines = [f"captured attention mass by layer: {levels}  (lowest and highest head)"]
+        for layer, mass in zip(self.layers, torch.tensor(self.captured_mass), strict=True):
+            by_level = "  ".join(f"{m:.3f}" for m in mass.mean(0).tolist())
+            heads = mass.mean(1)
+            lines.append(f"{layer}: {by_level}  ({heads.min():.3f} to {heads.max():.3f})")
+        return lines
+
     def apply(self, model: nn.Module) -> None:
         """Set the budgets of an attached model; ValueError when the layers differ."""
         found = attentions(model)

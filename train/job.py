@@ -268,16 +268,14 @@ def _calibrate(job: Job) -> None:
             clips=len(clips),
         )
     result.save(job.calibration_dir)
-    mass = torch.tensor(result.captured_mass)
     job.log(
-        "calibrated in %.0f s: planned sparsity %.4f (asked %.4f); captured attention mass %.3f, "
-        "by noise level %s",
+        "calibrated in %.0f s: planned sparsity %.4f (asked %.4f)",
         result.seconds,
         1 - result.planned_density,
         job.cfg.sparsity,
-        mass.mean(),
-        ", ".join(f"{t}: {m:.3f}" for t, m in zip(levels, mass.mean((0, 1)), strict=True)),
     )
+    for line in result.table():
+        job.log("%s", line)
 
 
 def _train(job: Job) -> None:
