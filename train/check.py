@@ -6,13 +6,19 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
-from gossamer.sparse.attach import method_from_spec
-from gossamer.sparse.attention import check_backend, resolve_backend
+from gossamer.sparse.attach import family_of, method_from_spec
+from gossamer.sparse.attention import SparseMethod, check_backend, resolve_backend
 from gossamer.sparse.layout import TokenGrid
+from gossamer.train.codec import Codec
 from gossamer.train.config import build, data_dir, require_complete
-from gossamer.train.data.shards import MANIFEST
+from gossamer.train.data.shards import MANIFEST, Manifest
+from gossamer.train.loop import TrainSettings
+from gossamer.train.model import ModelSource
 from gossamer.train.refusal import Refusal
+from gossamer.train.sizes import checkpoint_size, clip_size
+from gossamer.train.text import HashedWords, TextEncoder
 
 log = logging.getLogger(__name__)
 
@@ -21,40 +27,42 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     """Refuse a run that cannot work and return the facts of one that can."""
     facts = preflight(cfg, list(cfg.stages))
     for name, value in facts.items():
-        log.info("%s: %s", name, value)
+        log.info("%-12s %s", name, f"{value:,}" if isinstance(value, int) else value)
     log.info("check passed")
     return facts
 
 
 def preflight(cfg: DictConfig, stages: list[str]) -> dict[str, Any]:
-    """Check device, model, codec, data, grid, mask and backend of the stages that will run."""
+    """Check device, model, codec, text, data, grid, mask and backend of the stages that will run.
+
+    Returns what the run will be as readable facts; counts are ints.
+    """
     require_complete(cfg)
     device = check_device(cfg.device)
     facts: dict[str, Any] = {"device": device}
     if stages == ["report"]:
         return facts
-    folder = data_dir(cfg)
-    manifest = folder / MANIFEST
-    if "encode" in stages:
-        if not manifest.is_file() and not Path(cfg.data.source).exists():
-            raise Refusal(
-                "data.source",
-                cfg.data.source,
-                "a video file, a folder of videos or a list file",
-                "correct the path",
-            )
-    elif not manifest.is_file():
-        raise Refusal("data.dir", folder, f"a folder with {MANIFEST}", "run gossamer encode first")
-    source = build(cfg.model)
-    model = source.config()
+    source: ModelSource = build(cfg.model)
+    model = source.skeleton()
     source.check_weights()
-    facts["model"] = getattr(source, "path", type(source).__name__)
-    latent = _latent_shape(cfg)
+    codec, text = build(cfg.codec), build(cfg.text)
+    _check_data(cfg, stages, codec, text, source.condition)
+    latent = codec.latent_shape(cfg.data.frames, cfg.data.height, cfg.data.width)
     _check_channels(model, latent[0], source.condition)
+    _check_text(model, text)
     grid = _grid(model, latent)
-    facts["tokens"] = grid.num_tokens
+    facts |= _model_facts(source, model, grid)
+    dtype = attention_dtype()
+    facts["precision"] = str(dtype).removeprefix("torch.")
     if cfg.sparsity > 0:
-        facts |= _check_sparsity(cfg, model, grid, device)
+        facts |= _check_sparsity(cfg, model, grid, dtype, device)
+    if "train" in stages:
+        _check_batch(cfg)
+        facts["checkpoint"] = checkpoint_size(cfg, facts["parameters"])
+    if "encode" in stages:
+        facts["clip"] = clip_size(cfg, latent, text)
+    if "export" in stages:
+        _check_export(source, text)
     return facts
 
 
@@ -69,63 +77,181 @@ def check_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _latent_shape(cfg: DictConfig) -> tuple[int, int, int, int]:
-    codec = build(cfg.codec)
-    data = cfg.data
-    return codec.latent_shape(data.frames, data.height, data.width)
+def attention_dtype() -> torch.dtype:
+    """Return the dtype of q, k and v: what accelerate's mixed precision gives them."""
+    from accelerate.utils import parse_choice_from_env
+
+    precision = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16"):
+        raise Refusal(
+            "mixed_precision", precision, "no or bf16", "accelerate launch --mixed_precision bf16"
+        )
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def _check_channels(model: dict[str, Any], channels: int, condition: str) -> None:
+def _check_data(
+    cfg: DictConfig, stages: list[str], codec: Codec, text: TextEncoder, condition: str
+) -> None:
+    """Refuse a source that is not there, and encoded data that this run cannot use."""
+    folder = data_dir(cfg)
+    if cfg.data.condition != condition:
+        raise Refusal(
+            "data.condition",
+            cfg.data.condition,
+            f"{condition}, as model.condition",
+            f"data.condition={condition}",
+        )
+    if "encode" in stages:
+        codec.check_weights()
+        text.check_weights()
+    needs_heldout = "evaluate" in stages or "export" in stages
+    manifest = Manifest.load(folder)
+    if manifest is None:
+        if "encode" not in stages:
+            raise Refusal(
+                "data.dir", folder, f"a folder with {MANIFEST}", "run gossamer encode first"
+            )
+        if not Path(cfg.data.source).exists():
+            raise Refusal(
+                "data.source",
+                cfg.data.source,
+                "a video file, a folder of videos or a list file",
+                "correct the path",
+            )
+        if needs_heldout and cfg.data.holdout == 0:
+            raise Refusal("data.holdout", 0, "above 0 to evaluate and export", "use e.g. 0.1")
+        return
+    if needs_heldout and "heldout" not in manifest.splits:
+        raise Refusal(
+            "data.dir",
+            folder,
+            "data with held-out clips, to evaluate and export",
+            "encode with a larger data.holdout",
+        )
+    stored = {f"data.{n}": manifest.request.get(n) for n in ("frames", "height", "width")}
+    stored["data.condition"] = manifest.request.get("condition")
+    stored["codec.channels"], stored["text.dim"] = manifest.codec["channels"], manifest.text["dim"]
+    asked = {f"data.{n}": cfg.data[n] for n in ("frames", "height", "width", "condition")}
+    asked |= {"codec.channels": codec.channels, "text.dim": text.dim}
+    for name, value in asked.items():
+        if stored[name] != value:
+            raise Refusal(
+                name, value, f"{stored[name]}, as encoded in {folder}", "set data.dir=NEW_FOLDER"
+            )
+
+
+def _check_channels(model: nn.Module, channels: int, condition: str) -> None:
     expected = channels * (2 if condition == "first_frame" else 1)
-    if model["in_channels"] != expected:
+    takes, gives = model.config.in_channels, model.config.out_channels
+    if takes != expected or gives != channels:
         raise Refusal(
             "codec.channels",
             channels,
-            f"a codec whose latents give the model's {model['in_channels']} input channels "
-            f"(model.condition={condition} gives {expected})",
+            f"a codec whose latents give the model's {takes} input and {gives} output channels "
+            f"(model.condition={condition} gives {expected} and {channels})",
             "choose the codec that the model was trained with",
         )
 
 
-def _grid(model: dict[str, Any], latent: tuple[int, int, int, int]) -> TokenGrid:
-    sizes = []
+def _check_text(model: nn.Module, text: TextEncoder) -> None:
+    if model.config.text_dim != text.dim:
+        raise Refusal(
+            "text.dim",
+            text.dim,
+            f"{model.config.text_dim}, the model's text_dim",
+            "choose the text encoder that the model was trained with",
+        )
+
+
+def _grid(model: nn.Module, latent: tuple[int, int, int, int]) -> TokenGrid:
+    """Return the token grid of latents [C, f, h, w]; refuse sizes that the model cannot patch."""
+    config: Any = model.config
     for name, size, patch in zip(
-        ("frames", "height", "width"), latent[1:], model["patch_size"], strict=True
+        ("frames", "height", "width"), latent[1:], config.patch_size, strict=True
     ):
         if size % patch:
             raise Refusal(
                 f"data.{name}",
-                size,
-                f"latents divisible by the model's patch of {patch}",
+                f"{size} latents",
+                f"a number of latents that the model's patch of {patch} divides",
                 "change the clip size",
             )
-        sizes.append(size // patch)
-    return TokenGrid(*sizes)
+        if size // patch > config.rope_max_seq_len:
+            raise Refusal(
+                f"data.{name}",
+                f"{size // patch} tokens",
+                f"at most the model's {config.rope_max_seq_len} positions",
+                "make the clip smaller",
+            )
+    call = {"hidden_states": torch.empty(1, *latent, device="meta")}
+    return family_of(model).token_grid(model, call)
+
+
+def _model_facts(source: ModelSource, model: nn.Module, grid: TokenGrid) -> dict[str, Any]:
+    layers = list(family_of(model).self_attentions(model))
+    heads, width = layers[0][1].heads, model.config.attention_head_dim
+    return {
+        "model": getattr(source, "path", type(source).__name__),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "attention": f"{len(layers)} layers of {heads} heads, {width} wide",
+        "tokens": grid.num_tokens,
+        "grid": f"{grid.frames} x {grid.height} x {grid.width}",
+    }
 
 
 def _check_sparsity(
-    cfg: DictConfig, model: dict[str, Any], grid: TokenGrid, device: torch.device
+    cfg: DictConfig, model: nn.Module, grid: TokenGrid, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     spec = {n: build(cfg[n]) for n in ("layout", "estimator", "policy", "compensation")}
     method = method_from_spec({**spec, "backend": cfg.backend})
-    _, kv_layout = method.layout.build(grid)  # type: ignore[attr-defined]
-    num_blocks = kv_layout.num_blocks
-    most = 1 - 1 / num_blocks
+    q_layout, kv_layout = method.layout.build(grid)  # type: ignore[attr-defined]
+    most = _most_sparsity(cfg, method, kv_layout.num_blocks)
     if cfg.sparsity > most + 1e-9:
+        kept = f"{round((1 - most) * kv_layout.num_blocks)} of {kv_layout.num_blocks} blocks a row"
         raise Refusal(
             "sparsity",
             cfg.sparsity,
-            f"at most {most:.4f} ({num_blocks} blocks a row, one must stay)",
-            "lower sparsity, or make the layout's blocks smaller",
+            f"at most {most:.4f} ({kept} must stay)",
+            "lower sparsity, make the layout's blocks smaller, or lower policy.k where "
+            "calibration.budgets=policy",
         )
+    head_dim = int(model.config.attention_head_dim)  # type: ignore[arg-type]
     try:
-        check_backend(
-            method, head_dim=model["attention_head_dim"], dtype=torch.float32, device=device
-        )
+        check_backend(method, head_dim=head_dim, dtype=dtype, device=device)
     except ValueError as error:
         raise Refusal("backend", cfg.backend, "a backend that can run this", str(error)) from error
+    q_block, kv_block = method.layout.block_shape
     return {
         "backend": resolve_backend(cfg.backend, device),
-        "blocks": f"{num_blocks} of at most {method.layout.block_shape[1]} tokens",
+        "blocks": f"{q_layout.num_blocks} x {kv_layout.num_blocks} of {q_block} x {kv_block}",
         "sparsity": cfg.sparsity,
     }
+
+
+def _most_sparsity(cfg: DictConfig, method: SparseMethod, num_blocks: int) -> float:
+    """Return the sparsity left by the fewest blocks a row that the budgets can keep."""
+    if cfg.calibration.budgets != "policy":
+        return 1 - 1 / num_blocks
+    return 1 - max(1, round(float(method.policy.k[0]) * num_blocks)) / num_blocks
+
+
+def _check_batch(cfg: DictConfig) -> None:
+    from accelerate.utils import get_int_from_env
+
+    settings = TrainSettings(
+        steps=cfg.steps, batch_size=cfg.batch_size, grad_accumulation=cfg.grad_accumulation
+    )
+    settings.micro_batch(get_int_from_env(["WORLD_SIZE"], 1))
+
+
+def _check_export(source: ModelSource, text: TextEncoder) -> None:
+    """Refuse what could not be exported after hours: no pipeline to put the transformer into."""
+    path = getattr(source, "path", None)
+    whole = path is not None and (path / "transformer").is_dir() and (path / "vae").is_dir()
+    if not whole and not isinstance(text, HashedWords):
+        raise Refusal(
+            "model.path",
+            path,
+            "a whole pipeline folder (transformer/, vae/, ...), whose other parts the export takes",
+            "give that folder, or leave export out of stages",
+        )

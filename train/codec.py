@@ -6,8 +6,9 @@ A video is float [B, 3, F, H, W] in [-1, 1]; latents are fp32 [B, C, f, h, w], n
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from gossamer.train.geometry import check_size, check_video, from_patches, to_patches
 from gossamer.train.klt import Klt
 from gossamer.train.refusal import Refusal
+from gossamer.train.weights import check_weights, load_whole
 
 CONFIG_FILE = "config.json"
 BASIS_FILE = "pca.safetensors"
@@ -31,6 +33,7 @@ class Codec(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
+    def check_weights(self) -> None: ...
     def encode(self, video: Tensor) -> Tensor: ...
     def decode(self, latents: Tensor) -> Tensor: ...
     def save(self, folder: str | Path) -> None: ...
@@ -115,6 +118,9 @@ class PCACodec:
     @property
     def is_fitted(self) -> bool:
         return self._klt is not None
+
+    def check_weights(self) -> None:
+        """Do nothing: the constructor has read them."""
 
     @property
     def fingerprint(self) -> str:
@@ -217,25 +223,35 @@ class DiffusersVAECodec:
     def __init__(self, *, path: str | Path, subfolder: str = "vae") -> None:
         from diffusers import AutoencoderKLWan
 
-        folder = Path(path) / subfolder
-        folder = folder if (folder / CONFIG_FILE).is_file() else Path(path)
-        _read_config(folder)
-        try:
-            vae = AutoencoderKLWan.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError) as error:
+        inner = Path(path) / subfolder
+        self._folder = inner if (inner / CONFIG_FILE).is_file() else Path(path)
+        given = _read_config(self._folder)
+        kind = given.get("_class_name", AutoencoderKLWan.__name__)
+        if kind != AutoencoderKLWan.__name__:
             raise Refusal(
-                "codec.path",
-                folder,
-                "a folder with an AutoencoderKLWan",
-                f"check its files: {error}",
-            ) from error
-        self._vae = vae.eval().requires_grad_(False)
+                "codec.path", self._folder, f"an {AutoencoderKLWan.__name__}", f"it holds a {kind}"
+            )
+        with torch.device("meta"):
+            config = AutoencoderKLWan.from_config(given).config
         self.device = torch.device("cpu")
-        self.channels = int(vae.config.z_dim)
-        time, space = int(vae.config.scale_factor_temporal), int(vae.config.scale_factor_spatial)
+        self.channels = int(config.z_dim)
+        time, space = int(config.scale_factor_temporal), int(config.scale_factor_spatial)
         self.compression = (time, space, space)
-        self._mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
-        self._std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+        self._mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1)
+        self._std = torch.tensor(config.latents_std).view(1, -1, 1, 1, 1)
+
+    @cached_property
+    def _vae(self) -> Any:
+        """Return the VAE; its weights are read at the first use."""
+        from diffusers import AutoencoderKLWan
+
+        vae = load_whole(AutoencoderKLWan, self._folder, "codec.path").requires_grad_(False)
+        vae.enable_slicing()  # one video at a time: a batch of long ones does not fit
+        return vae.to(self.device)
+
+    def check_weights(self) -> None:
+        """Refuse when the weights are not there; reads none of them."""
+        check_weights(self._folder, "codec.path")
 
     @property
     def fingerprint(self) -> str:
@@ -266,7 +282,8 @@ class DiffusersVAECodec:
     def to(self, device: torch.device | str) -> Self:
         """Move to a device, in place."""
         self.device = torch.device(device)
-        self._vae.to(self.device)
+        if "_vae" in self.__dict__:
+            self._vae.to(self.device)
         self._mean, self._std = self._mean.to(self.device), self._std.to(self.device)
         return self
 

@@ -4,6 +4,7 @@ Hydra composes and never instantiates: its `instantiate` can run any code that a
 (`torch.load`, `load_inline`), so `build` has a positive allow-list of its own.
 """
 
+import copy
 import hashlib
 import inspect
 import json
@@ -21,7 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 from yaml import YAMLError
 
 from gossamer.sparse.construct import allowed_class, construct
@@ -206,9 +207,21 @@ def _container(cfg: Any) -> Any:
     try:
         cfg = cfg if OmegaConf.is_config(cfg) else OmegaConf.create(cfg)
         return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)
+    except InterpolationToMissingValueError as error:
+        return _container(_named(cfg, str(error.full_key)))
     except OmegaConfBaseException as error:
         reason = str(error).partition("\n")[0]
         raise Refusal(str(error.full_key), "${...}", "a key of the config", reason) from error
+
+
+def _named(cfg: Any, key: str) -> Any:
+    """Return cfg with `key`, which refers to a value still to be given, as text: <model.path>."""
+    copied = copy.deepcopy(cfg)
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(copied, parent) if parent else copied
+    text = OmegaConf.to_container(node, resolve=False)[name]  # type: ignore[call-overload, index]
+    node[name] = text.replace("${", "<").replace("}", ">")
+    return copied
 
 
 def _check_against(schema: dict[str, Any], values: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from gossamer.train.data.dataset import LatentDataset
 from gossamer.train.data.encode import encode
 from gossamer.train.distiller import Distiller
 from gossamer.train.files import write_atomic
+from gossamer.train.keep_policy import keep_policy
 from gossamer.train.refusal import Refusal
 
 log = logging.getLogger(__name__)
@@ -242,8 +243,9 @@ def _encode(job: Job) -> None:
     assert isinstance(settings, dict)
     source = settings.pop("source")
     del settings["dir"]
-    codec = build(job.cfg.codec).to(job.device)
-    encode(source, data_dir(job.cfg), codec=codec, text=job.text, **settings)  # type: ignore[arg-type]
+    # Built here, not job.text: a large text encoder must not stay on the device for the training.
+    codec, text = (build(job.cfg[name]).to(job.device) for name in ("codec", "text"))
+    encode(source, data_dir(job.cfg), codec=codec, text=text, **settings)  # type: ignore[arg-type]
 
 
 def _calibrate(job: Job) -> None:
@@ -255,18 +257,21 @@ def _calibrate(job: Job) -> None:
     clips = [dataset[i] for i in evenly(len(dataset), options.clips)]
     levels = list(options.noise_levels)
     samples = noisy_samples(clips, levels, job.cfg.evaluation.batch_size, job.device)
+    method = method_from_spec(job.method_spec)
+    common = {"sparsity": job.cfg.sparsity, "noise_levels": levels, "clips": len(clips)}
     with job.autocast():
-        result = calibrate(
-            job.dense(),
-            method_from_spec(job.method_spec),
-            samples,
-            sparsity=job.cfg.sparsity,
-            noise_levels=levels,
-            densities=list(options.densities),
-            probes=options.probes,
-            seed=job.cfg.seed,
-            clips=len(clips),
-        )
+        if options.budgets == "policy":
+            result = keep_policy(job.dense(), method, samples, **common)
+        else:
+            result = calibrate(
+                job.dense(),
+                method,
+                samples,
+                densities=list(options.densities),
+                probes=options.probes,
+                seed=job.cfg.seed,
+                **common,
+            )
     result.save(job.calibration_dir)
     job.log(
         "calibrated in %.0f s: planned sparsity %.4f (asked %.4f)",

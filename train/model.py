@@ -7,10 +7,13 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from gossamer.sparse.attach import families
 from gossamer.train.refusal import Refusal
+from gossamer.train.weights import check_weights, load_whole
 
 Condition = Literal["none", "first_frame"]
 CONDITIONS = ("none", "first_frame")
+CONFIG_FILE = "config.json"
 
 
 class ModelSource(Protocol):
@@ -18,8 +21,8 @@ class ModelSource(Protocol):
 
     condition: Condition
 
-    def config(self) -> dict[str, Any]:
-        """Return the constructor arguments of the transformer, without reading weights."""
+    def skeleton(self) -> nn.Module:
+        """Return the transformer on the meta device: its config and shapes, no weights."""
 
     def check_weights(self) -> None:
         """Refuse when the weights are not there; reads none of them."""
@@ -41,32 +44,44 @@ class Pretrained:
         inner = self.path / "transformer"
         return inner if inner.is_dir() else self.path
 
-    def config(self) -> dict[str, Any]:
-        file = self.folder / "config.json"
+    def skeleton(self) -> nn.Module:
+        config, cls = self._read()
+        try:
+            with torch.device("meta"):
+                return cls.from_config(config)
+        except (TypeError, ValueError) as error:
+            file = self.folder / CONFIG_FILE
+            raise Refusal("model.path", file, f"a {cls.__name__}", f"mend it: {error}") from error
+
+    def check_weights(self) -> None:
+        check_weights(self.folder, "model.path")
+
+    def load(self, seed: int) -> nn.Module:
+        cls = self._read()[1]
+        return load_whole(cls, self.folder, "model.path", exact=True, torch_dtype=torch.float32)
+
+    def _read(self) -> tuple[dict[str, Any], Any]:
+        """Return what config.json says, and the diffusers class that it names."""
+        file = self.folder / CONFIG_FILE
         if not file.is_file():
             raise Refusal(
                 "model.path",
                 self.path,
-                "a local diffusers folder with transformer/config.json",
-                "download the weights first (e.g. Wan-AI/Wan2.1-T2V-1.3B-Diffusers with "
-                "`hf download ... --local-dir DIR`) and pass model.path=DIR",
+                f"a local diffusers folder with transformer/{CONFIG_FILE}",
+                "download it first (hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir DIR) "
+                "and give model.path=DIR",
             )
-        return json.loads(file.read_text())
-
-    def check_weights(self) -> None:
-        if not any(self.folder.glob("*.safetensors")):
-            raise Refusal(
-                "model.path", self.path, "a folder with *.safetensors weights", "add the weights"
-            )
-
-    def load(self, seed: int) -> nn.Module:
-        from diffusers import WanTransformer3DModel
-
-        self.config()
-        self.check_weights()
-        return WanTransformer3DModel.from_pretrained(
-            self.folder, local_files_only=True, torch_dtype=torch.float32
-        )
+        try:
+            config = json.loads(file.read_text())
+        except ValueError as error:
+            allowed = f"a {CONFIG_FILE} in JSON"
+            raise Refusal("model.path", file, allowed, f"mend it: {error}") from error
+        known = families()
+        name = config.get("_class_name") if isinstance(config, dict) else None
+        if name not in known:
+            allowed = f"a folder whose {CONFIG_FILE} names {' or '.join(known)}"
+            raise Refusal("model.path", self.path, allowed, f"it names {name}")
+        return config, known[name].MODEL
 
 
 class ScratchWan:
@@ -97,8 +112,11 @@ class ScratchWan:
             "rope_max_seq_len": 64,
         }
 
-    def config(self) -> dict[str, Any]:
-        return {"_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2], **self._config}
+    def skeleton(self) -> nn.Module:
+        from diffusers import WanTransformer3DModel
+
+        with torch.device("meta"):
+            return WanTransformer3DModel(**self._config)
 
     def check_weights(self) -> None: ...
 

@@ -16,6 +16,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "backend": ("auto", "reference", "triton"),
     "resume": ("auto", "force", "never"),
+    "calibration.budgets": ("per_head", "policy"),
     "data.condition": ("none", "first_frame"),
     "model.condition": ("none", "first_frame"),
 }

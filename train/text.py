@@ -1,14 +1,17 @@
 """Text encoders: prompts -> token embeddings [B, L, dim], zeros after the prompt's own tokens."""
 
 import hashlib
+import json
 import re
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from gossamer.train.refusal import Refusal
+from gossamer.train.weights import check_weights, load_whole
 
 WORD = re.compile(r"\w+")
 
@@ -21,6 +24,7 @@ class TextEncoder(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+    def check_weights(self) -> None: ...
     def encode(self, prompts: list[str]) -> Tensor: ...
     def to(self, device: torch.device | str) -> Self: ...
 
@@ -40,6 +44,9 @@ class HashedWords:
     @property
     def fingerprint(self) -> str:
         return f"hashed-words-{self.dim}-{self.length}"
+
+    def check_weights(self) -> None:
+        """Do nothing: it has none."""
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Prompts -> fp32 [B, length, dim]."""
@@ -63,33 +70,52 @@ class PipelineText:
     """Tokenizer and UMT5 text encoder of a diffusers pipeline folder, as WanPipeline uses them."""
 
     def __init__(self, *, path: str | Path, max_length: int = 512) -> None:
-        from transformers import AutoTokenizer, UMT5EncoderModel
-
-        folder = Path(path)
+        self._folder = Path(path)
         for part in ("tokenizer", "text_encoder"):
-            if not (folder / part).is_dir():
+            if not (self._folder / part).is_dir():
                 raise Refusal(
                     "text.path",
-                    folder,
+                    self._folder,
                     f"a diffusers pipeline folder with {part}/",
                     "check the path",
                 )
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                str(folder / "tokenizer"), local_files_only=True
-            )
-            encoder = UMT5EncoderModel.from_pretrained(
-                str(folder / "text_encoder"), local_files_only=True, dtype="auto"
-            )
-        except (OSError, ValueError) as error:
+            config = json.loads((self._folder / "text_encoder" / "config.json").read_text())
+            self.dim, self.length = int(config["d_model"]), max_length
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise Refusal(
                 "text.path",
-                folder,
-                "a folder with a UMT5 text encoder",
-                f"check its files: {error}",
+                self._folder,
+                "a folder with text_encoder/config.json of a UMT5",
+                f"check its files: {error!r}",
             ) from error
-        self._encoder = encoder.eval().requires_grad_(False)
-        self.dim, self.length = int(encoder.config.d_model), max_length
+        self.device = torch.device("cpu")
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        folder = self._folder / "tokenizer"
+        try:
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError, ImportError) as error:
+            raise Refusal(
+                "text.path", folder, "a folder with a tokenizer", f"check its files: {error}"
+            ) from error
+
+    @cached_property
+    def _encoder(self) -> Any:
+        """Return the UMT5 encoder; its weights are read at the first use."""
+        from transformers import UMT5EncoderModel
+
+        encoder = load_whole(
+            UMT5EncoderModel, self._folder / "text_encoder", "text.path", dtype="auto"
+        )
+        return encoder.requires_grad_(False).to(self.device)
+
+    def check_weights(self) -> None:
+        """Refuse when the weights are not there; reads none of them."""
+        check_weights(self._folder / "text_encoder", "text.path")
 
     @property
     def fingerprint(self) -> str:
@@ -115,10 +141,12 @@ class PipelineText:
             add_special_tokens=True,
             return_attention_mask=True,
             return_tensors="pt",
-        ).to(self._encoder.device)
+        ).to(self.device)
         hidden = self._encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         return hidden.float() * tokens.attention_mask[..., None]
 
     def to(self, device: torch.device | str) -> Self:
-        self._encoder.to(device)
+        self.device = torch.device(device)
+        if "_encoder" in self.__dict__:
+            self._encoder.to(self.device)
         return self

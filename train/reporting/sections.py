@@ -59,8 +59,10 @@ def calibration_curves(run: Run) -> Html:
     """Return the error curves that calibration divided the budget by."""
     title = "Calibration curves"
     found = run.calibration
-    if found is None or not found.get("curve_error"):
+    if found is None:
         return _absent(title, "calibration/calibration.json is not in this run: no error curves.")
+    if not found.get("curve_error"):
+        return _absent(title, "calibration.budgets=policy measures no error curves.")
     error = np.sqrt(np.asarray(found["curve_error"], dtype=np.float64))  # stored squared
     densities = np.asarray(found["curve_densities"], dtype=np.float64)
     path = theme.write(

@@ -1,0 +1,79 @@
+"""Weights of diffusers and transformers models: looked at without reading, then loaded whole."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gossamer.train.refusal import Refusal
+
+SUFFIX = ".safetensors"
+
+
+def check_weights(folder: Path, field: str) -> int:
+    """Return the bytes of a folder's safetensors files; refuse missing, cut or unlisted ones.
+
+    Reads headers only.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    listed = {
+        name
+        for index in folder.glob(f"*{SUFFIX}.index.json")
+        for name in json.loads(index.read_text())["weight_map"].values()
+    }
+    missing = sorted(listed - {file.name for file in files})
+    if not files or missing:
+        what = f"{', '.join(missing[:3])} missing" if missing else "there is none"
+        raise Refusal(
+            field,
+            folder,
+            f"a folder with its *{SUFFIX} weights ({what})",
+            "download the whole folder again (hf download REPOSITORY --local-dir DIR)",
+        )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise Refusal(
+                field, file, f"a whole {SUFFIX} file ({error})", "copy it again"
+            ) from error
+    return sum(file.stat().st_size for file in files)
+
+
+def load_whole(
+    cls: Any, folder: Path, field: str, *, exact: bool = False, **options: Any
+) -> nn.Module:
+    """Load a model in eval mode; refuse weights that are missing, misshapen or not finite.
+
+    `exact` also refuses weights that the model has no place for; `options` go to from_pretrained.
+    """
+    from safetensors import SafetensorError
+
+    check_weights(folder, field)
+    try:
+        model, info = cls.from_pretrained(
+            str(folder),
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        allowed = f"a folder with a whole {cls.__name__}"
+        raise Refusal(field, folder, allowed, f"check its files: {error}") from error
+    odd = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    odd += info["unexpected_keys"] if exact else []
+    odd += [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if odd:
+        raise Refusal(
+            field,
+            folder,
+            f"finite weights for the tensors of {cls.__name__}, none missing and none over "
+            f"({len(odd)} differ: {', '.join(sorted(odd)[:5])})",
+            "take the weights that belong to its config.json",
+        )
+    return model.eval()
