@@ -91,6 +91,11 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the N of a folder step-N."""
+    return int(checkpoint.name.removesuffix(".old").removeprefix("step-"))
+
+
 def load(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read a checkpoint onto the CPU, as the `tensors` and `state` given to `save`.
 
@@ -331,10 +336,6 @@ def _newest_first(folder: Path) -> list[Path]:
     return [path for _, _, path in sorted(found, reverse=True)]
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removesuffix(".old").removeprefix("step-"))
-
-
 def _clean(folder: Path) -> None:
     """Remove what an interrupted save or prune left."""
     hidden = [path for path in folder.glob(".step-*") if path.is_dir()]
@@ -358,13 +359,13 @@ def _move_in(temporary: Path, final: Path) -> None:
 def _prune(folder: Path, step: int, keep: int, fault: Callable[[str], None]) -> None:
     kept: dict[int, Path] = {}
     for path in _newest_first(folder):
-        if _step(path) > step:
+        if step_of(path) > step:
             aside = folder / f"set-aside-{path.name}"
             logger.warning("%s lies past step %d: renamed to %s", path, step, aside.name)
             shutil.rmtree(aside, ignore_errors=True)
             path.replace(aside)
-        elif len(kept) < keep and _step(path) not in kept and problem(path, quick=True) is None:
-            kept[_step(path)] = path
+        elif len(kept) < keep and step_of(path) not in kept and problem(path, quick=True) is None:
+            kept[step_of(path)] = path
         else:
             # Hidden first: half a deletion must not look like a checkpoint.
             doomed = folder / f".{path.name}"

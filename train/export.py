@@ -1,8 +1,10 @@
 """Write a diffusers folder: a dense-loadable transformer and the mask policy beside it."""
 
+import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import nn
 
 from gossamer.sparse.attach import CONFIG_NAME, attentions, detach, mask_state, save_policy
 from gossamer.sparse.attention import SparseAttention
+from gossamer.train.files import publish, sha256, write_atomic
 from gossamer.train.pipeline import INDEX, LatentVideoPipeline
 from gossamer.train.refusal import Refusal
 
@@ -26,15 +29,17 @@ def export(
     card: str,
     overwrite: bool,
     dtype: torch.dtype,
+    before_publish: Callable[[Path], None],
 ) -> None:
     """Export a student (its processors are taken out) to `folder`.
 
     `spec` describes the mask policy (None for a dense model); `pipeline` is the embedded pipeline,
     or the folder of a diffusers pipeline whose other components are linked or copied, or None for
-    the transformer alone. Raises Refusal when the folder exists and overwrite is False.
+    the transformer alone. `before_publish` sees the finished folder before it gets its name, and
+    may raise. Raises Refusal when the folder exists and overwrite is False.
     """
     if folder.exists() and not overwrite:
-        raise Refusal("export", folder, "a folder that does not exist", "set export.overwrite=true")
+        raise refuse_existing(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -44,8 +49,7 @@ def export(
     if sparse:
         assert spec is not None
         save_policy(partial, spec, state)
-    if student.dtype != dtype:
-        student.to(dtype)
+    _cast(student, dtype)
     student.save_pretrained(partial / "transformer")
     for file in partial.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes files for the owner alone
@@ -54,9 +58,46 @@ def export(
     elif pipeline is not None:
         _link_components(pipeline, partial)
     (partial / "README.md").write_text(card)
+    before_publish(partial)
     shutil.rmtree(folder, ignore_errors=True)
-    partial.replace(folder)
+    publish(partial, folder)
     log.info("exported to %s (%s)", folder, f"with {CONFIG_NAME}" if sparse else "dense")
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters, but for those that diffusers itself keeps in fp32."""
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in model.named_parameters():
+        if kept.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+
+
+def refuse_existing(folder: Path) -> Refusal:
+    """Return the refusal of an export that is there and would be replaced."""
+    return Refusal(
+        "export",
+        folder,
+        "a folder that does not exist, or the export of the same checkpoint",
+        "set export.overwrite=true to replace it",
+    )
+
+
+def write_receipt(file: Path, folder: Path, checkpoint: dict[str, Any]) -> None:
+    """Note in `file` which checkpoint the export in `folder` holds."""
+    write_atomic(file, json.dumps({"checkpoint": checkpoint, "files": _hashes(folder)}, indent=1))
+
+
+def is_export_of(file: Path, folder: Path, checkpoint: dict[str, Any]) -> bool:
+    """Return whether `folder` holds, unchanged, what the receipt says and the checkpoint gives."""
+    if not file.is_file():
+        return False
+    return json.loads(file.read_text()) == {"checkpoint": checkpoint, "files": _hashes(folder)}
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Return name -> SHA-256 of what training changes: the transformer and the files at the top."""
+    files = [*folder.glob("*"), *(folder / "transformer").glob("*")]
+    return {str(f.relative_to(folder)): sha256(f) for f in sorted(files) if f.is_file()}
 
 
 def _link_components(source: Path, target: Path) -> None:

@@ -123,12 +123,18 @@ class Job:
     def seeds(self) -> list[int]:
         return [self.cfg.seed, *self.cfg.repeat_seeds]
 
-    def trained(self, seed: int) -> nn.Module:
-        """Return the student of a seed at its newest checkpoint (EMA weights if kept), in eval."""
+    def newest_checkpoint(self, seed: int) -> Path:
+        """Return a seed's newest whole checkpoint; Refusal where there is none."""
         folder = self.seed_dir(seed) / "checkpoints"
         newest = checkpoint.latest(folder)
         if newest is None:
             raise Refusal("checkpoints", folder, "a finished training", "run `gossamer train`")
+        return newest
+
+    def trained(self, seed: int) -> nn.Module:
+        """Return the student of a seed at its newest checkpoint (EMA weights if kept), in eval."""
+        newest = self.newest_checkpoint(seed)
+        self.log("taking the student of %s", newest)
         tensors, _ = checkpoint.load(newest)
         model = self.student(seed)
         loop.load_student(model, tensors["model"], newest)
@@ -151,7 +157,7 @@ def run(cfg: DictConfig, stages: list[str] | None = None) -> dict[str, Any]:
     Raises Refusal for bad input before any heavy work; a run folder of another config is refused.
     """
     from gossamer.train.check import preflight
-    from gossamer.train.stages import evaluate_stage, export_stage, report_stage
+    from gossamer.train.stages import check_export, evaluate_stage, export_stage, report_stage
 
     start = time.monotonic()
     todo = list(stages if stages is not None else cfg.stages)
@@ -169,7 +175,9 @@ def run(cfg: DictConfig, stages: list[str] | None = None) -> dict[str, Any]:
     main = job.accelerator.is_main_process
     with checkpoint.RunLock(job.run_dir) if main else nullcontext():
         if main:
-            open_run_dir(job)
+            check_run_dir(job)
+            check_export(job, todo)
+            save_config(job.cfg, job.run_dir / CONFIG)
         job.accelerator.wait_for_everyone()
         backend = resolve_backend(cfg.backend, job.device)
         job.log("device %s, attention backend %s, run %s", job.device, backend, job.run_dir)
@@ -196,12 +204,10 @@ def make_accelerator(cfg: DictConfig) -> Accelerator:
     return accelerator
 
 
-def open_run_dir(job: Job) -> None:
-    """Write config.yaml, or compare with the one that is there."""
-    job.run_dir.mkdir(parents=True, exist_ok=True)
+def check_run_dir(job: Job) -> None:
+    """Refuse a folder that holds a run of another config, unless resume=force."""
     path = job.run_dir / CONFIG
     if not path.is_file():
-        save_config(job.cfg, path)
         return
     if job.cfg.resume == "never":
         raise Refusal("run_dir", job.run_dir, "a new folder (resume=never)", "set name=NEW")
@@ -218,7 +224,6 @@ def open_run_dir(job: Job) -> None:
             "set name=NEW, or resume=force to go on with the new values",
         )
     log.warning("resume=force: going on although these keys changed: %s", shown)
-    save_config(job.cfg, path)
 
 
 def _flat(cfg: Any) -> dict[str, Any]:

@@ -168,7 +168,6 @@ def train(
         num_steps=settings.steps - progress.step,
     )
     failed_saves = 0
-    steps = _steps(wrapped, data, accelerator, progress, settings)
     bar = tqdm(
         total=settings.steps,
         initial=progress.step,
@@ -176,25 +175,25 @@ def train(
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    for metrics in steps:
-        bar.update()
-        bar.set_postfix(loss=f"{metrics['loss']:.4g}")
-        if rows is not None:
-            rows.append({"step": progress.step, **metrics})
-            if progress.step % settings.log_every == 0:
-                tracker.log(progress.step, metrics)
-        if progress.step % settings.checkpoint_every == 0 or progress.step == settings.steps:
-            saved = True
+    with bar:
+        for metrics in _steps(wrapped, data, accelerator, progress, settings):
+            bar.update()
+            bar.set_postfix(loss=f"{metrics['loss']:.4g}")
             if rows is not None:
-                rows.sync()
-                saved = progress.save(checkpoints, settings.keep_checkpoints) is not None
-            failed_saves = 0 if _agreed(saved, accelerator) else failed_saves + 1
+                rows.append({"step": progress.step, **metrics})
+                if progress.step % settings.log_every == 0:
+                    tracker.log(progress.step, metrics)
             last = progress.step == settings.steps
-            if failed_saves >= MAX_FAILED_SAVES or (failed_saves and last):
-                raise Refusal(
-                    "checkpoints", checkpoints, "a disk that takes them", "free some space"
-                )
-    bar.close()
+            if progress.step % settings.checkpoint_every == 0 or last:
+                saved = True
+                if rows is not None:
+                    rows.sync()
+                    saved = progress.save(checkpoints, settings.keep_checkpoints) is not None
+                failed_saves = 0 if _agreed(saved, accelerator) else failed_saves + 1
+                if failed_saves >= MAX_FAILED_SAVES or (failed_saves and last):
+                    raise Refusal(
+                        "checkpoints", checkpoints, "a disk that takes them", "free some space"
+                    )
     return progress
 
 
@@ -234,14 +233,15 @@ def _steps(
                 accelerator.backward(loss)
             total += loss.detach()
         loss_value = float(accelerator.reduce(total, "mean"))
-        if not math.isfinite(loss_value):
-            raise Refusal(
-                "loss",
-                loss_value,
-                f"a finite number (step {progress.step + 1})",
-                "lower optimizer.lr; the last checkpoint is kept",
-            )
-        norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
+        norm = float(nn.utils.clip_grad_norm_(parameters, settings.clip))
+        for name, value in (("loss", loss_value), ("grad_norm", norm)):
+            if not math.isfinite(value):
+                raise Refusal(
+                    name,
+                    value,
+                    f"a finite number (step {progress.step + 1})",
+                    "lower optimizer.lr; the last checkpoint is kept",
+                )
         progress.optimizer.step()
         progress.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
@@ -250,7 +250,7 @@ def _steps(
         yield {
             "loss": loss_value,
             "lr": lr,
-            "grad_norm": float(norm),
+            "grad_norm": norm,
             "density": mean_density(progress.student),
             "step_seconds": time.monotonic() - start,
             "data_seconds": waited,

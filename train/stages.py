@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gossamer import __version__
+from gossamer.train import checkpoint
 from gossamer.train.evaluate import (
     Clip,
     evenly,
@@ -19,8 +20,14 @@ from gossamer.train.evaluate import (
     sample_videos,
     velocities,
 )
-from gossamer.train.export import export, model_card
-from gossamer.train.files import write_atomic
+from gossamer.train.export import (
+    export,
+    is_export_of,
+    model_card,
+    refuse_existing,
+    write_receipt,
+)
+from gossamer.train.files import sha256, write_atomic
 from gossamer.train.pipeline import LatentVideoPipeline, load_pipeline
 from gossamer.train.refusal import Refusal
 
@@ -30,6 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EVALUATION = "evaluation/evaluation.json"
+EXPORT = "export"
+RECEIPT = "export.json"  # beside the export: the checkpoint it was made of, its files' SHA-256
 
 
 def evaluate_stage(job: "Job") -> None:
@@ -136,30 +145,61 @@ def _samples(job: "Job", models: dict[str, nn.Module], clips: list[Clip]) -> dic
     )
 
 
+def check_export(job: "Job", stages: list[str]) -> None:
+    """Refuse, before any work, an export of another checkpoint that the stages would replace."""
+    folder = job.run_dir / EXPORT
+    if "export" not in stages or not folder.exists() or job.cfg.export.overwrite:
+        return
+    newest = checkpoint.latest(job.seed_dir(job.cfg.seed) / "checkpoints")
+    unfinished = newest is None or checkpoint.step_of(newest) < job.cfg.steps
+    if ("train" in stages and unfinished) or not _is_exported(job):
+        raise refuse_existing(folder)
+
+
 def export_stage(job: "Job") -> None:
-    """Export the trained student, load it again and require the same velocities bit for bit."""
-    folder = job.run_dir / "export"
+    """Export the trained student once a fresh copy of it gives the same velocities bit for bit."""
+    folder = job.run_dir / EXPORT
+    if folder.exists() and _is_exported(job):
+        job.log("%s is already the export of the newest checkpoint: nothing to do", folder)
+        return
     student = job.trained(job.cfg.seed)
-    options = job.cfg.evaluation
-    dataset = job.dataset("heldout")
-    samples = noisy_samples([dataset[0]], list(options.noise_levels)[:1], 1, job.device)
+    dataset = job.dataset("train")
+    levels = list(job.cfg.evaluation.noise_levels)[:1]
+    samples = noisy_samples([dataset[0]], levels, 1, job.device)
     expected = velocities(student, samples, "before export")[0]
+
+    def check(partial: Path) -> None:
+        if job.is_sparse and job.cfg.export.dtype == "float32":
+            reloaded = load_pipeline(partial).transformer.to(job.device)
+            if not torch.equal(velocities(reloaded, samples, "reloaded export")[0], expected):
+                raise Refusal(
+                    "export", partial, "an export that repeats the student's bits", "report this"
+                )
+            job.log("the reloaded export's velocities equal the trained student's bit for bit")
+        write_receipt(job.run_dir / RECEIPT, partial, _exported(job))
+
     export(
         student,
         folder,
         spec=_spec(job) if job.is_sparse else None,
         pipeline=_pipeline_parts(job, student),
         card=_card(job),
-        overwrite=job.cfg.export.overwrite or _is_own(folder),
+        overwrite=job.cfg.export.overwrite,
         dtype=getattr(torch, job.cfg.export.dtype),
+        before_publish=check,
     )
-    if job.is_sparse and job.cfg.export.dtype == "float32":
-        reloaded = load_pipeline(folder).transformer.to(job.device)
-        if not torch.equal(velocities(reloaded, samples, "reloaded export")[0], expected):
-            raise Refusal(
-                "export", folder, "an export that repeats the student bit for bit", "report this"
-            )
-        job.log("reloaded %s: velocities equal the trained student's bit for bit", folder)
+
+
+def _is_exported(job: "Job") -> bool:
+    folder = job.run_dir / EXPORT
+    return is_export_of(job.run_dir / RECEIPT, folder, _exported(job))
+
+
+def _exported(job: "Job") -> dict[str, Any]:
+    """Return what identifies an export: the newest checkpoint, and how it is written."""
+    newest = job.newest_checkpoint(job.cfg.seed)
+    manifest = sha256(newest / checkpoint.MANIFEST)
+    return {"name": newest.name, "manifest": manifest, "dtype": job.cfg.export.dtype}
 
 
 def _spec(job: "Job") -> dict[str, Any]:
@@ -192,11 +232,6 @@ def _pipeline_parts(job: "Job", student: nn.Module) -> LatentVideoPipeline | Pat
         condition=job.source.condition,
         shift=job.shift,
     )
-
-
-def _is_own(folder: Path) -> bool:
-    """Return whether the folder is an earlier export of the same run (it lies in the run)."""
-    return (folder / "model_index.json").is_file()
 
 
 def _card(job: "Job") -> str:
