@@ -1,0 +1,336 @@
+"""The Wan recipe: true configs through `gossamer check`, a tiny pipeline through the whole job."""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import gossamer
+from gossamer.sparse.attach import attentions, detach
+from gossamer.train.cli import main
+from gossamer.train.config import compose
+
+RECIPE = "recipe=wan2.1-1.3b-480p"
+TRANSFORMER = {
+    "_class_name": "WanTransformer3DModel",
+    "_diffusers_version": "0.33.0.dev0",
+    "added_kv_proj_dim": None,
+    "attention_head_dim": 128,
+    "cross_attn_norm": True,
+    "eps": 1e-06,
+    "ffn_dim": 8960,
+    "freq_dim": 256,
+    "image_dim": None,
+    "in_channels": 16,
+    "num_attention_heads": 12,
+    "num_layers": 30,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+    "text_dim": 4096,
+}
+VAE = {
+    "_class_name": "AutoencoderKLWan",
+    "base_dim": 96,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "temperal_downsample": [False, True, True],
+    "z_dim": 16,
+}
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Iterator[None]:
+    logger = logging.getLogger("gossamer")
+    before = (logger.level, list(logger.handlers), logger.propagate)
+    yield
+    logger.level, logger.handlers, logger.propagate = before
+
+
+@pytest.fixture
+def true_folder(tmp_path: Path) -> Path:
+    """Return a pipeline folder with the true configs and one tensor in place of all weights."""
+    folder = tmp_path / "wan"
+    configs = {"transformer": TRANSFORMER, "vae": VAE, "text_encoder": {"d_model": 4096}}
+    for name, config in configs.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(config))
+        save_file({"stand_in": torch.zeros(1)}, folder / name / "model.safetensors")
+    (folder / "tokenizer").mkdir()
+    return folder
+
+
+def overrides(folder: Path, *more: str) -> list[str]:
+    return [RECIPE, f"model.path={folder}", f"data.source={folder}", "device=cpu", *more]
+
+
+def test_the_recipe_holds_the_published_settings() -> None:
+    cfg = compose([RECIPE])
+    assert (cfg.layout.q_block, cfg.layout.kv_block) == (128, 64)
+    assert (cfg.policy.k, cfg.policy.p, cfg.sparsity) == (0.03, 0.2, 0.95)
+    assert (cfg.steps, cfg.batch_size) == (500, 64)
+    assert (cfg.data.frames, cfg.data.height, cfg.data.width, cfg.data.fps) == (81, 480, 832, 16)
+    assert cfg.calibration.budgets == "policy" and cfg.gradient_checkpointing
+    kinds = [
+        cfg[name]._target_.rpartition(".")[2] for name in ("compensation", "loss", "estimator")
+    ]
+    assert kinds == ["Drop", "VelocityDistillation", "MeanPool"]
+
+
+def test_check_answers_from_the_configs_alone(
+    true_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = time.monotonic()
+    assert main(["check", *overrides(true_folder)]) == 0
+    assert time.monotonic() - start < 10
+    said = capsys.readouterr().err
+    for fact in (
+        "1,418,996,800",
+        "32,760",
+        "21 x 30 x 52",
+        "256 x 512 of 128 x 64",
+        "30 layers of 12 heads, 128 wide",
+        "17.03 GB each",
+        "4.19 MB of latents, at most 4.19 MB of text",
+        "check passed",
+    ):
+        assert fact in said, (fact, said)
+
+
+def test_check_uses_the_dtype_of_accelerates_mixed_precision(
+    true_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert main(["check", *overrides(true_folder)]) == 0
+    assert "bfloat16" in capsys.readouterr().err
+    assert main(["check", *overrides(true_folder, "backend=triton")]) == 2
+    assert "backend=triton" in capsys.readouterr().err  # no CPU runs bf16 kernels
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert main(["check", *overrides(true_folder)]) == 2
+    assert "mixed_precision=fp16" in capsys.readouterr().err
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["check", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["model.path=???"], "model.path=???"),
+        (["data.source=???"], "data.source=???"),
+        (["model.path=/nowhere"], "model.path=/nowhere: allowed is a local diffusers folder"),
+        (["data.source=/nowhere"], "data.source=/nowhere"),
+        (["data.frames=80"], "frames=80: allowed is 4k + 1; use e.g. frames=81"),
+        (["data.height=488"], "data.height=61 latents"),
+        (["data.condition=first_frame"], "data.condition=none"),
+        (["model.condition=first_frame", "data.condition=first_frame"], "codec.channels=16"),
+        (["policy.k=0.06"], "sparsity=0.95: allowed is at most 0.9395"),
+        (["sparsity=0.999", "calibration.budgets=per_head"], "1 of 512 blocks"),
+        (["data.holdout=0"], "data.holdout=0"),
+        (["layout.q_block=256", "backend=triton"], "q_block_size"),
+        (["grad_accumulation=7"], "batch_size=64"),
+        (["calibration.budgets=polcy"], "did you mean policy?"),
+    ],
+)
+def test_check_refuses_in_one_line(
+    change: list[str], said: str, true_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refusal(overrides(true_folder, *change), capsys)
+
+
+def test_check_refuses_a_text_encoder_of_another_width(
+    true_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (true_folder / "text_encoder" / "config.json").write_text('{"d_model": 512}')
+    assert "text.dim=512: allowed is 4096" in refusal(overrides(true_folder), capsys)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_check_refuses_missing_weights(
+    part: str, true_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = true_folder / part / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "a whole .safetensors file" in refusal(overrides(true_folder), capsys)
+    weights.unlink()
+    assert "*.safetensors weights (there is none)" in refusal(overrides(true_folder), capsys)
+
+
+def test_check_refuses_a_transformer_of_another_family(
+    true_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {**TRANSFORMER, "_class_name": "LTXVideoTransformer3DModel"}
+    (true_folder / "transformer" / "config.json").write_text(json.dumps(config))
+    said = refusal(overrides(true_folder), capsys)
+    assert "names WanTransformer3DModel; it names LTXVideoTransformer3DModel" in said
+
+
+def tiny_pipeline() -> Any:
+    """Return a whole WanPipeline of random weights, made offline."""
+    from diffusers import (
+        AutoencoderKLWan,
+        UniPCMultistepScheduler,
+        WanPipeline,
+        WanTransformer3DModel,
+    )
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(chr(number), -3.0) for number in range(33, 127)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
+    torch.manual_seed(0)
+    words = {"vocab_size": len(fast), "relative_attention_num_buckets": 8}
+    return WanPipeline(
+        tokenizer=fast,
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, **words)
+        ).eval(),
+        vae=AutoencoderKLWan(
+            base_dim=3,
+            z_dim=16,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+        ).eval(),
+        transformer=WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=24,
+            text_dim=32,
+            freq_dim=32,
+            ffn_dim=64,
+            num_layers=2,
+            rope_max_seq_len=64,
+        ).eval(),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )
+
+
+def write_videos(folder: Path) -> None:
+    """Write three videos of a square that moves, with captions beside them."""
+    import av
+
+    folder.mkdir()
+    for number in range(3):
+        with av.open(str(folder / f"{number}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=16)
+            stream.width = stream.height = 32
+            stream.pix_fmt, stream.options = "yuv420p", {"crf": "10", "preset": "ultrafast"}
+            for index in range(18):
+                frame = np.full((32, 32, 3), 60 + 50 * number, np.uint8)
+                frame[8:16, index : index + 8] = (255, 128, 0)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(None))
+        (folder / f"{number}.txt").write_text(f"a square on ground {number}")
+
+
+TINY = [
+    "device=cpu",
+    "data.frames=17",
+    "data.height=32",
+    "data.width=32",
+    "data.fps=null",
+    "data.stride=17",
+    "data.holdout=0.34",
+    "text.max_length=32",
+    "layout.q_block=8",
+    "layout.kv_block=2",
+    "sparsity=0.7",
+    "policy.k=0.2",
+    "policy.p=0.25",
+    "steps=2",
+    "batch_size=2",
+    "grad_accumulation=2",
+    "num_workers=0",
+    "optimizer.lr=1e-3",
+    "export.dtype=float32",
+    "evaluation.sample_steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run the recipe on a tiny pipeline and return the run's folder."""
+    root = tmp_path_factory.mktemp("tiny")
+    tiny_pipeline().save_pretrained(root / "wan")
+    write_videos(root / "videos")
+    paths = [f"model.path={root}/wan", f"data.source={root}/videos", f"data.dir={root}/data"]
+    assert main(["train", RECIPE, *paths, f"runs_dir={root}/runs", "name=tiny", *TINY]) == 0
+    return root / "runs" / "tiny"
+
+
+def generate(pipeline: Any) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompt="a red ball",
+        height=32,
+        width=32,
+        num_frames=17,
+        num_inference_steps=2,
+        max_sequence_length=32,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).frames
+
+
+def test_the_run_measured_the_policys_own_budget(finished: Path) -> None:
+    found = json.loads((finished / "calibration" / "calibration.json").read_text())
+    assert np.allclose(found["k"], 0.2) and np.allclose(found["p"], 0.25)
+    assert np.shape(found["captured_mass"]) == (2, 2, 3)
+    assert found["curve_error"] == []
+    assert 0.2 <= found["planned_density"] <= np.mean(found["captured_mass"]) < 1
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["loss"] > 0 and 0.2 <= row["density"] < 0.5 for row in rows)
+
+
+def test_the_export_runs_densely_in_stock_diffusers_and_sparsely_through_gossamer(
+    finished: Path,
+) -> None:
+    from diffusers import WanPipeline
+
+    export = finished / "export"
+    stock = WanPipeline.from_pretrained(export, local_files_only=True)
+    ours = gossamer.load_pipeline(export)
+    assert type(ours) is WanPipeline
+    dense, sparse = generate(stock), generate(ours)
+    assert dense.shape == (1, 17, 32, 32, 3) and np.isfinite(sparse).all()
+    assert not np.array_equal(sparse, dense)
+    masks = [attention.mask for attention in attentions(ours).values()]
+    assert all(mask is not None and mask.density.max() < 0.6 for mask in masks)
+    detach(ours)
+    assert np.array_equal(generate(ours), dense)
+
+
+def test_the_exported_transformer_has_the_stock_keys_and_trained_weights(finished: Path) -> None:
+    from diffusers import WanTransformer3DModel
+
+    teacher, info = WanTransformer3DModel.from_pretrained(
+        finished.parents[1] / "wan", subfolder="transformer", output_loading_info=True
+    )
+    student, info = WanTransformer3DModel.from_pretrained(
+        finished / "export", subfolder="transformer", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    before, after = teacher.state_dict(), student.state_dict()
+    assert any(not torch.equal(after[name], before[name]) for name in before)
