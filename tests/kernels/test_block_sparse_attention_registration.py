@@ -50,17 +50,21 @@ def test_compiled_equals_eager_without_a_graph_break(make_problem: Callable, bac
     problem = make_problem([16, 16], [16, 16])
 
     def compensated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        exact = block_sparse_attention(q, k, v, problem.blocks, backend=backend)
+        way = "reference" if q.dtype == torch.float64 else backend
+        exact = block_sparse_attention(q, k, v, problem.blocks, backend=way)
         return merge(*exact, *centroid_attention(q, k, v, problem.blocks))[0]
 
-    results = []
-    for attend in (compensated, torch.compile(compensated, fullgraph=True, backend="aot_eager")):
-        leaves = [x.clone().requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    def outputs(attend: Callable, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (problem.q, problem.k, problem.v)]
         out = attend(*leaves)
-        results.append((out, *torch.autograd.grad(out, leaves, problem.grad_out)))
-    for eager, compiled in zip(*results, strict=True):
-        # tracing decomposes a few pointwise functions, which may round the last bit otherwise
-        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
+        return [out, *torch.autograd.grad(out, leaves, problem.grad_out.to(dtype))]
+
+    truth = outputs(compensated, torch.float64)
+    eager = outputs(compensated, torch.float32)
+    traced = torch.compile(compensated, fullgraph=True, backend="aot_eager")
+    for exact, mine, theirs in zip(truth, eager, outputs(traced, torch.float32), strict=True):
+        # tracing may choose other roundings, so both are judged against fp64
+        assert (theirs - exact).norm() <= 2 * (mine - exact).norm() + 1e-7 * exact.norm()
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
