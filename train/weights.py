@@ -67,7 +67,7 @@ def load_whole(
         raise Refusal(field, folder, allowed, f"check its files: {error}") from error
     odd = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     odd += info["unexpected_keys"] if exact else []
-    odd += [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    odd = odd or [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if odd:
         raise Refusal(
             field,
