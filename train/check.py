@@ -57,7 +57,7 @@ def preflight(cfg: DictConfig, stages: list[str]) -> dict[str, Any]:
     if cfg.sparsity > 0:
         facts |= _check_sparsity(cfg, model, grid, dtype, device)
     if "train" in stages:
-        _check_batch(cfg)
+        facts["batch"] = _batch(cfg)
         facts["checkpoint"] = checkpoint_size(cfg, facts["parameters"])
     if "encode" in stages:
         facts["clip"] = clip_size(cfg, latent, text)
@@ -235,13 +235,14 @@ def _most_sparsity(cfg: DictConfig, method: SparseMethod, num_blocks: int) -> fl
     return 1 - max(1, round(float(method.policy.k[0]) * num_blocks)) / num_blocks
 
 
-def _check_batch(cfg: DictConfig) -> None:
+def _batch(cfg: DictConfig) -> str:
+    """Say how a batch is split; refuse one that does not divide over the processes."""
     from accelerate.utils import get_int_from_env
 
-    settings = TrainSettings(
-        steps=cfg.steps, batch_size=cfg.batch_size, grad_accumulation=cfg.grad_accumulation
-    )
-    settings.micro_batch(get_int_from_env(["WORLD_SIZE"], 1))
+    processes, parts = get_int_from_env(["WORLD_SIZE"], 1), cfg.grad_accumulation
+    settings = TrainSettings(steps=cfg.steps, batch_size=cfg.batch_size, grad_accumulation=parts)
+    clips = settings.micro_batch(processes)
+    return f"{cfg.batch_size} clips = processes {processes} x parts {parts} x {clips} at once"
 
 
 def _check_export(source: ModelSource, text: TextEncoder) -> None:

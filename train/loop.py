@@ -65,7 +65,7 @@ class TrainSettings:
                 self.batch_size,
                 f"a multiple of {parts} ({processes} processes x grad_accumulation "
                 f"{self.grad_accumulation})",
-                f"set batch_size={-(-self.batch_size // parts) * parts}",
+                f"set batch_size={-(-self.batch_size // parts) * parts}, or less grad_accumulation",
             )
         return self.batch_size // parts
 

@@ -84,7 +84,7 @@ def test_cuda_is_refused_where_there_is_none() -> None:
         (["sparsity=0.95", "calibration.budgets=policy"], "at most 0.9000 (6 of 60 blocks"),
         (["data.source=nowhere.mp4"], "data.source=nowhere.mp4"),
         (["data.holdout=0"], "data.holdout=0: allowed is above 0"),
-        (["grad_accumulation=3"], "batch_size=2: allowed is a multiple of 3"),
+        (["batch_size=2", "grad_accumulation=3"], "batch_size=2: allowed is a multiple of 3"),
         (
             ["layout.block=[4,8,8]", "backend=triton", "sparsity=0.5"],
             "q_block_size must be 1 to 128",

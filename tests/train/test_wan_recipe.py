@@ -99,6 +99,7 @@ def test_check_answers_from_the_configs_alone(
         "256 x 512 of 128 x 64",
         "30 layers of 12 heads, 128 wide",
         "17.03 GB each",
+        "64 clips = processes 1 x parts 8 x 8 at once",
         "4.19 MB of latents, at most 4.19 MB of text",
         "check passed",
     ):
