@@ -6,12 +6,10 @@ the squared velocity error when only this head is sparse (Hutchinson), so one ba
 serves every layer, head and density. The budgets come from water-filling these curves.
 """
 
-import json
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,60 +23,13 @@ from gossamer.sparse.estimators.oracle import Oracle
 from gossamer.sparse.layout import TokenGrid
 from gossamer.sparse.mask import BlockMask, BlockScores
 from gossamer.sparse.policies import Hybrid
-from gossamer.train.files import write_atomic
+from gossamer.train.calibration import Calibration
 from gossamer.train.model import velocity
 
 log = logging.getLogger(__name__)
 
 TOP_K_SHARES = (1.0, 0.75, 0.5)  # of a head's budget given to Top-k; Top-p fills the rest
 ROWS_KEPT = 64  # score rows a layer, head and sample kept to find p
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What calibration found; lists are [layer][head], then what the comment names."""
-
-    layers: list[str]
-    num_heads: int
-    noise_levels: list[float]
-    target_density: float
-    planned_density: float  # of the chosen masks on the calibration samples
-    k: list[list[float]]
-    p: list[list[float]]
-    captured_mass: list[list[list[float]]]  # [noise level]
-    curve_densities: list[float]
-    curve_error: list[list[list[float]]]  # [density]: squared relative velocity error
-    clips: int
-    seconds: float
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "calibration.json", json.dumps(asdict(self)))
-
-    @classmethod
-    def load(cls, folder: Path) -> "Calibration":
-        return cls(**json.loads((folder / "calibration.json").read_text()))
-
-    def table(self) -> list[str]:
-        """Return lines: captured attention mass of each layer by noise level, its heads' range."""
-        levels = "  ".join(f"t={t:g}" for t in self.noise_levels)
-        lines = [f"captured attention mass by layer: {levels}  (lowest and highest head)"]
-        for layer, mass in zip(self.layers, torch.tensor(self.captured_mass), strict=True):
-            by_level = "  ".join(f"{m:.3f}" for m in mass.mean(0).tolist())
-            heads = mass.mean(1)
-            lines.append(f"{layer}: {by_level}  ({heads.min():.3f} to {heads.max():.3f})")
-        return lines
-
-    def apply(self, model: nn.Module) -> None:
-        """Set the budgets of an attached model; ValueError when the layers differ."""
-        found = attentions(model)
-        if list(found) != self.layers:
-            raise ValueError(
-                f"calibration: it has {len(self.layers)} layers and the model {len(found)}; "
-                "calibrate this model"
-            )
-        for attention, k, p in zip(found.values(), self.k, self.p, strict=True):
-            attention.policy.set_budget(torch.tensor(k), torch.tensor(p))
 
 
 @dataclass(frozen=True)

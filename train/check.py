@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from gossamer.sparse.attach import family_of, method_from_spec
 from gossamer.sparse.attention import SparseMethod, check_backend, resolve_backend
 from gossamer.sparse.layout import TokenGrid
+from gossamer.train.calibration import CALIBRATION
 from gossamer.train.codec import Codec
 from gossamer.train.config import build, data_dir, require_complete
 from gossamer.train.data.shards import MANIFEST, Manifest
@@ -56,6 +57,7 @@ def preflight(cfg: DictConfig, stages: list[str]) -> dict[str, Any]:
     facts["precision"] = str(dtype).removeprefix("torch.")
     if cfg.sparsity > 0:
         facts |= _check_sparsity(cfg, model, grid, dtype, device)
+        _check_calibration_path(cfg)
     if "train" in stages:
         facts["batch"] = _batch(cfg)
         facts["checkpoint"] = checkpoint_size(cfg, facts["parameters"])
@@ -104,7 +106,6 @@ def _check_data(
     if "encode" in stages:
         codec.check_weights()
         text.check_weights()
-    needs_heldout = "evaluate" in stages or "export" in stages
     manifest = Manifest.load(folder)
     if manifest is None:
         if "encode" not in stages:
@@ -118,25 +119,32 @@ def _check_data(
                 "a video file, a folder of videos or a list file",
                 "correct the path",
             )
-        if needs_heldout and cfg.data.holdout == 0:
-            raise Refusal("data.holdout", 0, "above 0 to evaluate and export", "use e.g. 0.1")
+        if "evaluate" in stages and cfg.data.holdout == 0:
+            raise Refusal("data.holdout", 0, "above 0 to evaluate", "use e.g. 0.3")
         return
-    if needs_heldout and "heldout" not in manifest.splits:
-        raise Refusal(
-            "data.dir",
-            folder,
-            "data with held-out clips, to evaluate and export",
-            "encode with a larger data.holdout",
-        )
-    stored = {f"data.{n}": manifest.request.get(n) for n in ("frames", "height", "width")}
-    stored["data.condition"] = manifest.request.get("condition")
-    stored["codec.channels"], stored["text.dim"] = manifest.codec["channels"], manifest.text["dim"]
-    asked = {f"data.{n}": cfg.data[n] for n in ("frames", "height", "width", "condition")}
-    asked |= {"codec.channels": codec.channels, "text.dim": text.dim}
+    check_splits(manifest, folder, stages)
+    stored = {f"data.{n}": value for n, value in manifest.request.items() if n in cfg.data}
+    asked = {name: OmegaConf.select(cfg, name) for name in stored}
+    stored |= {f"text.{n}": manifest.text[n] for n in ("dim", "length")}
+    asked |= {"text.dim": text.dim, "text.length": text.length}
+    stored["codec.channels"], asked["codec.channels"] = manifest.codec["channels"], codec.channels
     for name, value in asked.items():
         if stored[name] != value:
             raise Refusal(
                 name, value, f"{stored[name]}, as encoded in {folder}", "set data.dir=NEW_FOLDER"
+            )
+
+
+def check_splits(manifest: Manifest, folder: Path, stages: list[str]) -> None:
+    """Refuse encoded data without the clips that a stage reads."""
+    read_by = {"calibrate": "train", "train": "train", "evaluate": "heldout", "export": "train"}
+    for stage in (s for s in stages if s in read_by):
+        if read_by[stage] not in manifest.splits:
+            raise Refusal(
+                "data.dir",
+                folder,
+                f"data with {read_by[stage]} clips, for {stage} (it has {manifest.splits})",
+                "give a source with more shots or change data.holdout, with data.dir=NEW_FOLDER",
             )
 
 
@@ -233,6 +241,14 @@ def _most_sparsity(cfg: DictConfig, method: SparseMethod, num_blocks: int) -> fl
     if cfg.calibration.budgets != "policy":
         return 1 - 1 / num_blocks
     return 1 - max(1, round(float(method.policy.k[0]) * num_blocks)) / num_blocks
+
+
+def _check_calibration_path(cfg: DictConfig) -> None:
+    path = cfg.calibration.path
+    if path is not None and not (Path(path) / CALIBRATION).is_file():
+        raise Refusal(
+            "calibration.path", path, f"a folder with {CALIBRATION}", "give null to calibrate anew"
+        )
 
 
 def _batch(cfg: DictConfig) -> str:

@@ -220,8 +220,12 @@ class RunLock:
         self._file: TextIO | None = None
 
     def __enter__(self) -> Self:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        file = self._path.open("a+", encoding="utf-8")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            file = self._path.open("a+", encoding="utf-8")
+        except OSError as error:
+            fix = f"choose another runs_dir: {error}"
+            raise Refusal("run_dir", self._path.parent, "a folder to write into", fix) from error
         try:
             self._take(file)
         except BaseException:

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from torch import nn
 from gossamer.sparse.attach import attach, method_from_spec
 from gossamer.sparse.attention import resolve_backend
 from gossamer.train import checkpoint, loop
-from gossamer.train.calibrate import Calibration, calibrate
+from gossamer.train.calibrate import calibrate
+from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
+from gossamer.train.check import check_splits, preflight
 from gossamer.train.codec import Codec, load_codec
 from gossamer.train.config import build, data_dir, fingerprint, save_config
 from gossamer.train.data.dataset import LatentDataset
@@ -26,21 +29,20 @@ from gossamer.train.distiller import Distiller
 from gossamer.train.files import write_atomic
 from gossamer.train.keep_policy import keep_policy
 from gossamer.train.refusal import Refusal
+from gossamer.train.run_dir import CONFIG, check_run_dir
 
 log = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
 RESULT = "result.json"
-# Keys that may change between two calls of the same run.
-FREE_KEYS = ("resume", "debug", "stages", "num_workers", "log_every", "tracker", "export")
 
 
 class Job:
     """One run: its config, its folder, and the objects that the stages share."""
 
-    def __init__(self, cfg: DictConfig, accelerator: Accelerator) -> None:
+    def __init__(self, cfg: DictConfig, accelerator: Accelerator, stages: list[str]) -> None:
         self.cfg = cfg
         self.accelerator = accelerator
+        self.stages = stages
         self.run_dir = Path(cfg.run_dir)
 
     @property
@@ -96,6 +98,9 @@ class Job:
         else:
             attach(model, method_from_spec(self.method_spec))
             self.calibration.apply(model)
+            if seed == self.cfg.seed:  # the weights of the teacher
+                weights = {"weights": weights_digest(model)}
+                self._refuse_calibration(self.calibration.differs(weights))
         if self.cfg.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         return model.requires_grad_(True).to(self.device)
@@ -104,16 +109,36 @@ class Job:
     def calibration_dir(self) -> Path:
         return Path(self.cfg.calibration.path or self.run_dir / "calibration")
 
+    @property
+    def masks_asked(self) -> dict[str, Any]:
+        """Return what decides a calibration, but for the model's weights."""
+        spec = self.method_spec
+        names = ["layout", "estimator"]
+        names += ["policy"] * (self.cfg.calibration.budgets == "policy")
+        asked = {name: spec[name] for name in names}
+        return {"sparsity": self.cfg.sparsity, "budgets": self.cfg.calibration.budgets, **asked}
+
     @cached_property
     def calibration(self) -> Calibration:
-        if not (self.calibration_dir / "calibration.json").is_file():
+        if not (self.calibration_dir / CALIBRATION).is_file():
             raise Refusal(
                 "calibration.path",
                 self.calibration_dir,
-                "a folder with calibration.json",
+                f"a folder with {CALIBRATION}",
                 "run `gossamer calibrate` first",
             )
-        return Calibration.load(self.calibration_dir)
+        found = Calibration.load(self.calibration_dir)
+        self._refuse_calibration(found.differs(self.masks_asked))
+        return found
+
+    def _refuse_calibration(self, difference: str) -> None:
+        if difference:
+            raise Refusal(
+                "calibration",
+                self.calibration_dir,
+                f"one made for this model and these masks ({difference})",
+                "set calibration.path=null and run `gossamer calibrate`",
+            )
 
     def seed_dir(self, seed: int) -> Path:
         """Return where a seed's metrics and checkpoints are: the run itself, or a repeat."""
@@ -156,13 +181,12 @@ def run(cfg: DictConfig, stages: list[str] | None = None) -> dict[str, Any]:
 
     Raises Refusal for bad input before any heavy work; a run folder of another config is refused.
     """
-    from gossamer.train.check import preflight
     from gossamer.train.stages import check_export, evaluate_stage, export_stage, report_stage
 
     start = time.monotonic()
     todo = list(stages if stages is not None else cfg.stages)
     preflight(cfg, todo)
-    job = Job(cfg, make_accelerator(cfg))
+    job = Job(cfg, make_accelerator(cfg), todo)
     table: dict[str, Callable[[Job], None]] = {
         "encode": _encode,
         "calibrate": _calibrate,
@@ -175,8 +199,8 @@ def run(cfg: DictConfig, stages: list[str] | None = None) -> dict[str, Any]:
     main = job.accelerator.is_main_process
     with checkpoint.RunLock(job.run_dir) if main else nullcontext():
         if main:
-            check_run_dir(job)
-            check_export(job, todo)
+            check_run_dir(cfg, job.run_dir)
+            check_export(job)
             save_config(job.cfg, job.run_dir / CONFIG)
         job.accelerator.wait_for_everyone()
         backend = resolve_backend(cfg.backend, job.device)
@@ -204,45 +228,6 @@ def make_accelerator(cfg: DictConfig) -> Accelerator:
     return accelerator
 
 
-def check_run_dir(job: Job) -> None:
-    """Refuse a folder that holds a run of another config, unless resume=force."""
-    path = job.run_dir / CONFIG
-    if not path.is_file():
-        return
-    if job.cfg.resume == "never":
-        raise Refusal("run_dir", job.run_dir, "a new folder (resume=never)", "set name=NEW")
-    before, now = (_flat(c) for c in (OmegaConf.load(path), job.cfg))
-    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-    if not changed:
-        return
-    shown = ", ".join(f"{k}: {before.get(k)} -> {now.get(k)}" for k in changed[:5])
-    if job.cfg.resume != "force":
-        raise Refusal(
-            "run_dir",
-            job.run_dir,
-            f"a folder of the same config ({len(changed)} keys differ: {shown})",
-            "set name=NEW, or resume=force to go on with the new values",
-        )
-    log.warning("resume=force: going on although these keys changed: %s", shown)
-
-
-def _flat(cfg: Any) -> dict[str, Any]:
-    """Return dotted key -> value of what decides a run's result."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, node: Any) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                walk(f"{prefix}.{key}".lstrip("."), value)
-        else:
-            flat[prefix] = node
-
-    container = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(container, dict)
-    walk("", {k: v for k, v in container.items() if k not in FREE_KEYS})
-    return flat
-
-
 def _encode(job: Job) -> None:
     settings = OmegaConf.to_container(job.cfg.data, resolve=True)
     assert isinstance(settings, dict)
@@ -250,26 +235,28 @@ def _encode(job: Job) -> None:
     del settings["dir"]
     # Built here, not job.text: a large text encoder must not stay on the device for the training.
     codec, text = (build(job.cfg[name]).to(job.device) for name in ("codec", "text"))
-    encode(source, data_dir(job.cfg), codec=codec, text=text, **settings)  # type: ignore[arg-type]
+    folder = data_dir(job.cfg)
+    manifest = encode(source, folder, codec=codec, text=text, **settings)  # type: ignore[arg-type]
+    check_splits(manifest, folder, job.stages)
 
 
 def _calibrate(job: Job) -> None:
     from gossamer.train.evaluate import evenly, noisy_samples
 
-    if not job.is_sparse or (job.calibration_dir / "calibration.json").is_file():
+    if not job.is_sparse or _is_calibrated(job):
         return
     options, dataset = job.cfg.calibration, job.dataset("train")
     clips = [dataset[i] for i in evenly(len(dataset), options.clips)]
     levels = list(options.noise_levels)
     samples = noisy_samples(clips, levels, job.cfg.evaluation.batch_size, job.device)
-    method = method_from_spec(job.method_spec)
+    method, teacher = method_from_spec(job.method_spec), job.dense()
     common = {"sparsity": job.cfg.sparsity, "noise_levels": levels, "clips": len(clips)}
     with job.autocast():
         if options.budgets == "policy":
-            result = keep_policy(job.dense(), method, samples, **common)
+            result = keep_policy(teacher, method, samples, **common)
         else:
             result = calibrate(
-                job.dense(),
+                teacher,
                 method,
                 samples,
                 densities=list(options.densities),
@@ -277,7 +264,8 @@ def _calibrate(job: Job) -> None:
                 seed=job.cfg.seed,
                 **common,
             )
-    result.save(job.calibration_dir)
+    made_for = {**job.masks_asked, "weights": weights_digest(teacher)}
+    replace(result, made_for=made_for).save(job.calibration_dir)
     job.log(
         "calibrated in %.0f s: planned sparsity %.4f (asked %.4f)",
         result.seconds,
@@ -286,6 +274,18 @@ def _calibrate(job: Job) -> None:
     )
     for line in result.table():
         job.log("%s", line)
+
+
+def _is_calibrated(job: Job) -> bool:
+    """Return whether the run's calibration is there; one that was forced to change is not."""
+    if not (job.calibration_dir / CALIBRATION).is_file():
+        return False
+    if job.cfg.calibration.path is None:
+        difference = Calibration.load(job.calibration_dir).differs(job.masks_asked)
+        if difference:
+            job.log("calibrating again: %s", difference)
+            return False
+    return bool(job.calibration)  # refuses one of other masks
 
 
 def _train(job: Job) -> None:

@@ -11,7 +11,8 @@ from gossamer.sparse.attach import attentions
 from gossamer.sparse.attention import SparseAttention, SparseMethod
 from gossamer.sparse.estimators.oracle import Oracle
 from gossamer.sparse.mask import keep_text
-from gossamer.train.calibrate import Calibration, Sample
+from gossamer.train.calibrate import Sample
+from gossamer.train.calibration import Calibration
 from gossamer.train.model import velocity
 
 

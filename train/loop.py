@@ -111,7 +111,10 @@ class Progress:
 
 
 def load_student(student: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Load a checkpoint's student; Refusal with the first odd keys when it is of another model."""
+    """Load a checkpoint's student; the mask budgets (its buffers) stay those of the calibration.
+
+    Refusal with the first odd keys when the checkpoint is of another model.
+    """
     own = student.state_dict()
     odd = sorted(set(own) ^ set(state))
     odd += sorted(n for n in set(own) & set(state) if own[n].shape != state[n].shape)
@@ -122,7 +125,10 @@ def load_student(student: nn.Module, state: dict[str, Tensor], path: Path) -> No
             f"a checkpoint of this model ({len(odd)} tensors differ: {', '.join(odd[:5])})",
             "use the recipe and model that wrote it, or another run name",
         )
-    student.load_state_dict(state)
+    budgets = {name: own[name] for name, _ in student.named_buffers() if name in own}
+    if any(not torch.equal(tensor.cpu(), state[name]) for name, tensor in budgets.items()):
+        log.warning("%s was trained with other mask budgets than the calibration's", path)
+    student.load_state_dict({**state, **budgets})
 
 
 def train(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import PurePath
 from typing import Any
 
@@ -43,6 +44,11 @@ def _is_run_name(value: str) -> bool:
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
+def _is_curve(densities: Sequence[float]) -> bool:
+    rises = all(a < b for a, b in pairwise(densities))
+    return rises and len(densities) > 1 and densities[0] > 0 and densities[-1] <= 1
+
+
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "name": ("a relative folder name without ..", _is_run_name),
     "seed": ("a whole number from 0 to 2**32 - 1", _is_seed),
@@ -76,7 +82,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "calibration.clips": _whole(1),
     "calibration.noise_levels": ("numbers in (0, 1]", _all(lambda t: 0 < t <= 1)),
-    "calibration.densities": ("numbers in (0, 1]", _all(lambda density: 0 < density <= 1)),
+    "calibration.densities": ("two or more rising numbers in (0, 1]", _is_curve),
     "calibration.probes": _whole(1),
     "evaluation.clips": _whole(1),
     "evaluation.noise_levels": ("numbers in (0, 1]", _all(lambda t: 0 < t <= 1)),

@@ -145,14 +145,14 @@ def _samples(job: "Job", models: dict[str, nn.Module], clips: list[Clip]) -> dic
     )
 
 
-def check_export(job: "Job", stages: list[str]) -> None:
+def check_export(job: "Job") -> None:
     """Refuse, before any work, an export of another checkpoint that the stages would replace."""
     folder = job.run_dir / EXPORT
-    if "export" not in stages or not folder.exists() or job.cfg.export.overwrite:
+    if "export" not in job.stages or not folder.exists() or job.cfg.export.overwrite:
         return
     newest = checkpoint.latest(job.seed_dir(job.cfg.seed) / "checkpoints")
     unfinished = newest is None or checkpoint.step_of(newest) < job.cfg.steps
-    if ("train" in stages and unfinished) or not _is_exported(job):
+    if ("train" in job.stages and unfinished) or not _is_exported(job):
         raise refuse_existing(folder)
 
 

@@ -145,7 +145,8 @@ def test_data_of_another_codec_text_encoder_or_without_held_out_clips_is_refused
     for changes, said in (
         ({"codec": {"channels": 24}}, "codec.channels=16: allowed is 24"),
         ({"text": {"dim": 32, "length": 16}}, "text.dim=64: allowed is 32"),
-        ({"splits": {"train": 2}}, "held-out clips"),
+        ({"text": {"dim": 64, "length": 8}}, "text.length=16: allowed is 8"),
+        ({"splits": {"train": 2}}, "data with heldout clips, for evaluate"),
     ):
         write_manifest(cfg, **changes)
         assert said in refusal(cfg, "train", "evaluate")
@@ -166,7 +167,7 @@ def test_an_export_that_would_have_no_text_encoder_is_refused(tmp_path: Path) ->
         "data: {frames: 12, height: 80, width: 128}\n"
     )
     cfg = demo(tmp_path, f"recipe={recipe}")
-    write_manifest(cfg)
+    write_manifest(cfg, text={"dim": 64, "length": 512})
     preflight(cfg, ["train"])
     assert "leave export out of stages" in refusal(cfg, "train", "export")
 

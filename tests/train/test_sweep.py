@@ -160,5 +160,6 @@ def test_accelerate_starts_the_processes_and_their_refusal_is_found(num_processe
     command = launch_command(Launch(num_processes=num_processes), ["sparsity=2"])
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
-    assert done.stderr.count("error: sparsity=2") == num_processes
+    # the launcher may end the second before it has said so too
+    assert 1 <= done.stderr.count("error: sparsity=2") <= num_processes
     assert module._last_error(done.stderr).startswith("error: sparsity=2")
