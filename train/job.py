@@ -4,9 +4,9 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from gossamer.train.data.encode import encode
 from gossamer.train.distiller import Distiller
 from gossamer.train.files import write_atomic
 from gossamer.train.keep_policy import keep_policy
+from gossamer.train.processes import on_main
 from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import CONFIG, check_run_dir
 
@@ -196,19 +197,25 @@ def run(cfg: DictConfig, stages: list[str] | None = None) -> dict[str, Any]:
         "report": report_stage,
     }
     everyone = ("train",)
-    main = job.accelerator.is_main_process
-    with checkpoint.RunLock(job.run_dir) if main else nullcontext():
-        if main:
+    with ExitStack() as stack:
+
+        def open_run_dir() -> None:
+            stack.enter_context(checkpoint.RunLock(job.run_dir))
             check_run_dir(cfg, job.run_dir)
             check_export(job)
-            save_config(job.cfg, job.run_dir / CONFIG)
-        job.accelerator.wait_for_everyone()
+            save_config(cfg, job.run_dir / CONFIG)
+
+        on_main(open_run_dir, job.accelerator)
         backend = resolve_backend(cfg.backend, job.device)
         job.log("device %s, attention backend %s, run %s", job.device, backend, job.run_dir)
         for stage in (s for s in table if s in todo):
-            if stage in everyone or main:
-                table[stage](job)
-            job.accelerator.wait_for_everyone()
+            work = partial(table[stage], job)
+            if stage in everyone:
+                work()
+            else:
+                on_main(work, job.accelerator)
+        job.accelerator.wait_for_everyone()
+        main = job.accelerator.is_main_process
         return _finish(job, todo, time.monotonic() - start) if main else {}
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -20,6 +19,7 @@ from gossamer.sparse.attention import SparseAttention
 from gossamer.train import checkpoint
 from gossamer.train.data.dataset import BatchSchedule, batches
 from gossamer.train.distiller import Distiller
+from gossamer.train.processes import agreed
 from gossamer.train.refusal import Refusal
 from gossamer.train.trackers import MetricsLog, Tracker
 
@@ -195,17 +195,12 @@ def train(
                 if rows is not None:
                     rows.sync()
                     saved = progress.save(checkpoints, settings.keep_checkpoints) is not None
-                failed_saves = 0 if _agreed(saved, accelerator) else failed_saves + 1
+                failed_saves = 0 if agreed(saved, accelerator) else failed_saves + 1
                 if failed_saves >= MAX_FAILED_SAVES or (failed_saves and last):
                     raise Refusal(
                         "checkpoints", checkpoints, "a disk that takes them", "free some space"
                     )
     return progress
-
-
-def _agreed(value: bool, accelerator: Accelerator) -> bool:
-    """Return the main process's value in every process; waits for all."""
-    return bool(broadcast(torch.tensor(int(value), device=accelerator.device)))
 
 
 def _steps(

@@ -1,0 +1,33 @@
+"""What the processes of one run do together."""
+
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+
+from gossamer.train.cli import REFUSED
+from gossamer.train.refusal import Refusal
+
+
+def agreed(value: bool, accelerator: Accelerator) -> bool:
+    """Return the main process's value in every process; waits for all."""
+    return bool(broadcast(torch.tensor(int(value), device=accelerator.device)))
+
+
+def on_main(work: Callable[[], None], accelerator: Accelerator) -> None:
+    """Do work in the main process while the others wait; a refusal of it ends them all.
+
+    The others exit as refused without a word, because the main process says why.
+    """
+    refusal = None
+    if accelerator.is_main_process:
+        try:
+            work()
+        except Refusal as error:
+            refusal = error
+    if agreed(refusal is None, accelerator):
+        return
+    if refusal is None:
+        raise SystemExit(REFUSED)
+    raise refusal
