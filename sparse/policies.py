@@ -1,5 +1,6 @@
 """Policies turn block scores into a block mask within a budget."""
 
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -32,6 +33,13 @@ class Hybrid(nn.Module):
         """Set each head's k and p, both [H]."""
         self.k.copy_(_share("k", k))
         self.p.copy_(_share("p", p))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the model but stay fp32: model.to(torch.bfloat16) would round the budgets."""
+        k, p = self.k, self.p
+        super()._apply(fn, recurse)
+        self.k, self.p = k.to(self.k.device), p.to(self.p.device)
+        return self
 
     @torch.no_grad()
     def forward(self, scores: BlockScores) -> BlockMask:

@@ -115,7 +115,7 @@ def _evaluate_dense(job: "Job", clips: list[Clip]) -> dict[str, Any]:
         by_level: list[list[float]] = [[] for _ in levels]
         for sample, v in zip(samples, velocities(model, samples, split), strict=True):
             latent = torch.stack([c["latent"] for c in some])  # type: ignore[misc]
-            start = sum(len(x) for x in [by_level[sample.level]])
+            start = len(by_level[sample.level])
             x0 = latent[start : start + len(v)]
             t = sample.t.cpu().view(-1, 1, 1, 1, 1)
             noise = (sample.x.cpu() - (1 - t) * x0) / t

@@ -66,6 +66,14 @@ def test_each_head_has_its_own_budget():
     assert kept(policy, random_scores(3))[0, :, 0].tolist() == [3, 6, 12]
 
 
+def test_a_cast_of_the_model_leaves_the_budgets_alone():
+    policy = Hybrid(k=0.1234567, p=0.7654321)
+    cast = torch.nn.Sequential(policy, torch.nn.Linear(2, 2)).to(torch.bfloat16)
+    assert cast[1].weight.dtype == torch.bfloat16
+    assert cast[0].k.tolist() == Hybrid(k=0.1234567).k.tolist()
+    assert cast[0].p.dtype == torch.float32
+
+
 @pytest.mark.parametrize("k, p", [(-0.1, 0), (1.1, 0), (0, -0.1), (0, 2), (float("nan"), 0)])
 def test_a_share_outside_zero_to_one_is_refused(k, p):
     with pytest.raises(ValueError, match="allowed is a share from 0 to 1"):
