@@ -159,8 +159,10 @@ def train(
         log.info("resumed from %s at step %d of %d", newest, progress.step, settings.steps)
     if progress.step >= settings.steps:
         return progress
-    rows = MetricsLog(folder / "metrics.jsonl") if accelerator.is_main_process else None
-    if rows is not None:
+    rows = None
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = MetricsLog(folder / "metrics.jsonl")
         rows.truncate_after(progress.step)
     wrapped = accelerator.prepare(distiller)
     data = batches(

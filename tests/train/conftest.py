@@ -1,0 +1,289 @@
+"""A small film, its shards and a tiny dense teacher, made once; jobs run in their own processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gossamer
+from gossamer.train.config import compose
+from gossamer.train.files import sha256
+from gossamer.train.job import Job, make_accelerator
+
+ROOT = Path(gossamer.__file__).parents[1]  # holds gossamer/, installed or not
+SHOTS, SHOT_FRAMES, HEIGHT, WIDTH = 4, 24, 32, 64
+
+BASE = {
+    "device": "cpu",
+    "data.height": HEIGHT,
+    "data.width": WIDTH,
+    "data.frames": 8,
+    "data.stride": 4,
+    "data.holdout": 0.5,
+    "codec.patch": [2, 4, 4],
+    "codec.channels": 4,
+    "text.dim": 16,
+    "text.length": 4,
+    "batch_size": 4,
+    "optimizer.lr": 1e-3,
+    "optimizer.warmup": 2,
+    "calibration.clips": 2,
+    "calibration.noise_levels": [0.7, 0.3],
+    "calibration.densities": [0.1, 0.25, 0.5],
+    "evaluation.clips": 2,
+    "evaluation.noise_levels": [0.7, 0.3],
+    "evaluation.sample_clips": 1,
+    "evaluation.sample_steps": 2,
+}
+TEACHER = {
+    "name": "teacher",
+    "model": "scratch_wan",
+    "model.num_layers": 2,
+    "model.num_heads": 2,
+    "model.head_dim": 16,
+    "model.ffn_dim": 64,
+    "model.channels": 4,
+    "model.text_dim": 16,
+    "model.condition": "first_frame",
+    "loss": "flow_matching",
+    "sparsity": 0.0,
+    "stages": ["encode", "train", "export"],
+    "steps": 60,
+    "optimizer.lr": 1e-2,
+}
+STUDENT = {
+    "model": "pretrained",
+    "model.condition": "first_frame",
+    "sparsity": 0.6,
+    "layout.block": [1, 2, 2],
+    "stages": ["calibrate", "train"],
+    "steps": 8,
+    "checkpoint_every": 4,
+}
+
+
+@dataclass(frozen=True)
+class Done:
+    """A job that ended: its exit code as subprocess counts it, and what it wrote."""
+
+    code: int
+    text: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that begin with `error:`; progress bars end in a carriage return."""
+        lines = self.text.replace("\r", "\n").splitlines()
+        return [line for line in lines if line.startswith("error: ")]
+
+
+@dataclass
+class Running:
+    """A job that runs."""
+
+    pid: int
+    log: Path
+    wait_for: Callable[[int], int]
+
+    def when(self, happened: Callable[[], bool], seconds: float = 60) -> "Running":
+        """Poll until something happened; AssertionError when it takes too long."""
+        end = time.monotonic() + seconds
+        while not happened():
+            assert time.monotonic() < end, self.log.read_text(errors="replace")
+            time.sleep(0.0005)
+        return self
+
+    def wait(self) -> Done:
+        return Done(self.wait_for(self.pid), self.log.read_text(errors="replace"))
+
+    def kill(self) -> Done:
+        os.kill(self.pid, signal.SIGKILL)  # not yet waited for, so the id is still this job's
+        return self.wait()
+
+
+class Launcher:
+    """Starts jobs in processes forked from one that has imported everything."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._jobs = folder, 0
+        self._server = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("launcher.py")],
+            # one thread: for tiny tensors, several mostly wait for each other on a busy machine
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(
+        self,
+        overrides: list[str],
+        *,
+        env: dict[str, str] | None = None,
+        fault: tuple[int, str] | None = None,
+    ) -> Running:
+        """Start `python -m gossamer.train OVERRIDES`; `fault` kills it at a point of a save."""
+        self._jobs += 1
+        log = self._folder / f"job-{self._jobs}.log"
+        job = {"argv": overrides, "log": str(log), "env": env or {}, "fault": fault}
+        return Running(self._ask({"start": job}), log, lambda pid: self._ask({"wait": pid}))
+
+    def run(self, overrides: list[str], **options: object) -> Done:
+        return self.start(overrides, **options).wait()  # type: ignore[arg-type]
+
+    def ranks(self, overrides: list[str], **options: object) -> list[Done]:
+        """Run one job in two processes with torchrun's environment; options are the first's."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        first, second = ({**common, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+        jobs = [
+            self.start(overrides, env=first, **options),  # type: ignore[arg-type]
+            self.start(overrides, env=second),
+        ]
+        return [job.wait() for job in jobs]
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait(60)
+
+    def _ask(self, request: dict[str, object]) -> int:
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return int(self._server.stdout.readline())
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left in its folder."""
+
+    folder: Path
+
+    @property
+    def losses(self) -> list[tuple[int, float, float, float]]:
+        """Step, loss, learning rate and gradient norm of each line of metrics.jsonl."""
+        rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").open()]
+        return [(row["step"], row["loss"], row["lr"], row["grad_norm"]) for row in rows]
+
+    @property
+    def newest(self) -> Path:
+        """The checkpoint of the most steps."""
+        steps = (self.folder / "checkpoints").glob("step-*")
+        return max(steps, key=lambda path: int(path.name.removeprefix("step-")))
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """File -> SHA-256 of the tensors of the newest checkpoint."""
+        return {file.name: sha256(file) for file in sorted(self.newest.glob("*.safetensors"))}
+
+
+@dataclass(frozen=True)
+class Lab:
+    """The film, its shards and the tiny teacher, and the overrides that use them."""
+
+    root: Path
+    source: Path = ROOT
+
+    @property
+    def film(self) -> Path:
+        return self.root / "film.mp4"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def teacher(self) -> Path:
+        return self.root / "runs" / "teacher" / "export"
+
+    @property
+    def student_settings(self) -> dict[str, object]:
+        return {"name": "student", **STUDENT, "model.path": self.teacher}
+
+    def run(self, runs: Path, name: str = "student") -> Run:
+        return Run(runs / name)
+
+    def overrides(self, runs: Path, settings: dict[str, object]) -> list[str]:
+        """Return key=value of BASE and the settings, with the run below `runs`."""
+        paths = {"data.source": self.film, "data.dir": self.data, "runs_dir": runs}
+        return [f"{key}={value}" for key, value in {**BASE, **paths, **settings}.items()]
+
+    def student(self, runs: Path, **settings: object) -> list[str]:
+        """Return the overrides of a sparse student; `__` in a name stands for a dot."""
+        named = {name.replace("__", "."): value for name, value in settings.items()}
+        return self.overrides(runs, {**self.student_settings, **named})
+
+
+def write_film(path: Path) -> None:
+    """Write shots of a square that runs over a shaded ground, each shot with its own grey."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=12)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.options = {"crf": "10", "preset": "ultrafast"}
+        for shot, grey in zip(range(SHOTS), (40, 200, 100, 240), strict=True):
+            for index in range(SHOT_FRAMES):
+                frame = np.full((HEIGHT, WIDTH, 3), grey, np.uint8)
+                frame[:, :, 1] = np.linspace(grey // 2, grey, WIDTH) // (1 + shot % 2)
+                left, top = (index * 2 + 5 * shot) % (WIDTH - 8), HEIGHT // 4 + 2 * shot
+                frame[top : top + 8, left : left + 8] = (255, 128, 0)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    launcher = Launcher(tmp_path_factory.mktemp("logs"))
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> Lab:
+    lab = Lab(tmp_path_factory.mktemp("lab"))
+    write_film(lab.film)
+    lab.film.with_suffix(".txt").write_text("a square over a shaded ground")
+    done = launcher.run(lab.overrides(lab.root / "runs", TEACHER))
+    assert done.code == 0, done.text
+    return lab
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute in one thread, as the jobs of the launcher do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def calibrated(lab: Lab, launcher: Launcher) -> Path:
+    """A folder with the calibration of the student's settings."""
+    done = launcher.run(lab.student(lab.root / "runs", name="calibrated", stages=["calibrate"]))
+    assert done.code == 0, done.text
+    return lab.root / "runs" / "calibrated" / "calibration"
+
+
+@pytest.fixture
+def make_job(lab: Lab, calibrated: Path, tmp_path: Path, one_thread: None) -> Callable[..., Job]:
+    """Return a function: settings of a student -> its Job in this process, masks calibrated."""
+
+    def make(**settings: object) -> Job:
+        cfg = compose(lab.student(tmp_path, **{"calibration__path": calibrated, **settings}))
+        return Job(cfg, make_accelerator(cfg), list(cfg.stages))
+
+    return make

@@ -1,0 +1,75 @@
+"""A process that imports the trainer once and forks it for each job, so that a job starts at once.
+
+It reads one JSON request a line: {"start": {"argv", "log", "env", "fault"}} prints the process id,
+{"wait": pid} its exit status as subprocess counts it.
+"""
+
+import functools
+import json
+import os
+import signal
+import sys
+import traceback
+
+import av  # noqa: F401  (imported here so that no job has to)
+import datasets  # noqa: F401
+from diffusers import WanTransformer3DModel  # noqa: F401
+
+from gossamer.train import checkpoint, job, stages  # noqa: F401
+from gossamer.train.cli import main
+
+
+def run(argv: list[str], log: str, env: dict[str, str], fault: tuple[int, str] | None) -> None:
+    """Become a job: what `python -m gossamer.train` does, with stderr and stdout in `log`."""
+    output = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(env)
+    if fault is not None:
+        die_in_save(*fault)
+    try:
+        code = main(["train", *argv])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def die_in_save(number: int, point: str) -> None:
+    """Let the process kill itself at a point of its `number`-th save."""
+    save, saves = checkpoint.save, iter(range(1, 10**9))
+
+    @functools.wraps(save)
+    def dying(*args: object, **kwargs: object) -> object:
+        now = next(saves)
+
+        def fault(here: str) -> None:
+            if (now, here) == (number, point):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return save(*args, fault=fault, **kwargs)  # type: ignore[arg-type]
+
+    checkpoint.save = dying  # type: ignore[assignment]
+
+
+def serve() -> None:
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            status = os.waitpid(request["wait"], 0)[1]
+            answer = os.waitstatus_to_exitcode(status)
+        else:
+            answer = os.fork()
+            if answer == 0:
+                run(**request["start"])
+        sys.stdout.write(f"{answer}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,94 @@
+"""Two processes on the CPU (gloo) are one run: the same losses, one folder, one end."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.multi
+
+
+@pytest.fixture(scope="module")
+def alone(lab: Any, launcher: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The run in one process."""
+    runs = tmp_path_factory.mktemp("alone")
+    done = launcher.run(lab.student(runs))
+    assert done.code == 0, done.text
+    return lab.run(runs)
+
+
+def assert_same(run: Any, alone: Any) -> None:
+    """Require the losses within 1e-5 of each other, relative and absolute, and close weights."""
+    mine, theirs = np.array(run.losses), np.array(alone.losses)
+    assert mine.shape == theirs.shape
+    np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=0)
+    ours, single = (load_file(r.newest / "model.safetensors") for r in (run, alone))
+    assert ours.keys() == single.keys()
+    assert max(float((ours[n] - single[n]).abs().max()) for n in ours) < 1e-4
+
+
+def test_accelerate_launch_of_two_processes_gives_the_losses_of_one(
+    alone: Any, lab: Any, tmp_path: Path
+) -> None:
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
+    command += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "gossamer.train"]
+    done = subprocess.run(
+        [*command, *lab.student(tmp_path / "runs")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(lab.source), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same(lab.run(tmp_path / "runs"), alone)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # of both processes
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["student"]
+    assert done.stderr.count("calibrated in") == 1
+
+
+def test_accumulation_in_two_processes_gives_the_losses_of_one(
+    alone: Any, lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    codes = [done.code for done in launcher.ranks(lab.student(tmp_path, grad_accumulation=2))]
+    assert codes == [0, 0]
+    assert_same(lab.run(tmp_path), alone)
+
+
+@pytest.mark.parametrize("first", ["one", "two"])
+def test_a_run_goes_on_in_another_number_of_processes(
+    first: str, alone: Any, lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    overrides, fault = lab.student(tmp_path), (1, "after-rename")
+    if first == "one":
+        assert launcher.run(overrides, fault=fault).code == -9
+        done = launcher.ranks(overrides)
+    else:
+        killed, left = launcher.ranks(overrides, fault=fault)
+        assert killed.code == -9 and left.code != 0  # and does not wait for ever
+        done = [launcher.run(overrides)]
+    assert all(one.code == 0 and "at step 4 of 8" in done[0].text for one in done)
+    assert_same(lab.run(tmp_path), alone)
+
+
+def test_a_refusal_of_the_first_process_ends_both_and_is_said_once(
+    alone: Any, lab: Any, launcher: Any
+) -> None:
+    first, second = launcher.ranks(lab.student(alone.folder.parent, steps=9))
+    assert first.code == second.code == 2
+    assert len(first.errors) == 1 and "steps: 8 -> 9" in first.errors[0]
+    assert "Traceback" not in first.text and second.text == ""
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_any_work(
+    lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    done = launcher.ranks(lab.student(tmp_path, batch_size=3))
+    assert [one.code for one in done] == [2, 2]
+    assert "set batch_size=4" in done[0].errors[0]
+    assert not any(tmp_path.iterdir())
