@@ -209,6 +209,10 @@ class Lab:
         return self.root / "runs" / "teacher" / "export"
 
     @property
+    def teacher_settings(self) -> dict[str, object]:
+        return dict(TEACHER)
+
+    @property
     def student_settings(self) -> dict[str, object]:
         return {"name": "student", **STUDENT, "model.path": self.teacher}
 
@@ -221,9 +225,10 @@ class Lab:
         return [f"{key}={value}" for key, value in {**BASE, **paths, **settings}.items()]
 
     def student(self, runs: Path, **settings: object) -> list[str]:
-        """Return the overrides of a sparse student; `__` in a name stands for a dot."""
+        """Return the overrides of a sparse student; `__` stands for a dot, None leaves out."""
         named = {name.replace("__", "."): value for name, value in settings.items()}
-        return self.overrides(runs, {**self.student_settings, **named})
+        merged = {**self.student_settings, **named}
+        return self.overrides(runs, {k: v for k, v in merged.items() if v is not None})
 
 
 def write_film(path: Path) -> None:

@@ -1,0 +1,170 @@
+"""Evaluation: errors, masks and samples measured against independent formulas."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gossamer.sparse.attach import attentions
+from gossamer.train.calibrate import Sample
+from gossamer.train.evaluate import (
+    evenly,
+    measure_masks,
+    noisy_samples,
+    relative_errors,
+    sample_videos,
+    velocities,
+)
+from gossamer.train.job import run
+
+LEVELS = [0.7, 0.3]
+
+
+def samples_of(job: Any, clips: int = 3, batch_size: int = 2) -> list[Sample]:
+    dataset = job.dataset("heldout")
+    return noisy_samples([dataset[i] for i in range(clips)], LEVELS, batch_size, job.device)
+
+
+def test_errors_are_relative_norms_by_clip_and_level() -> None:
+    chance = np.random.default_rng(0)
+    teacher, student = chance.normal(size=(2, 2, 5, 3, 2, 4, 4)).astype(np.float32)  # [level, clip]
+    batches, mine, theirs = [], [], []
+    for level in range(2):
+        for start in (0, 2, 4):
+            part = slice(start, min(start + 2, 5))
+            x = torch.zeros(0)
+            batches.append(Sample(level, x, x, x, None))
+            mine.append(torch.from_numpy(student[level, part]))
+            theirs.append(torch.from_numpy(teacher[level, part]))
+    found = relative_errors(mine, theirs, batches, 2)
+    for clip in range(5):
+        for level in range(2):
+            difference = (student[level, clip] - teacher[level, clip]).ravel().astype(np.float64)
+            norm = math.sqrt((teacher[level, clip].ravel().astype(np.float64) ** 2).sum())
+            expected = math.sqrt((difference**2).sum()) / norm
+            assert found[clip][level] == pytest.approx(expected, rel=1e-5)
+
+
+def test_sparsity_zero_has_no_velocity_error(make_job: Any) -> None:
+    job = make_job(sparsity=0.0)
+    samples = samples_of(job)
+    teacher = velocities(job.dense(), samples, "teacher")
+    student = velocities(job.student(0).requires_grad_(False).eval(), samples, "student")
+    assert relative_errors(student, teacher, samples, 2) == [[0.0, 0.0]] * 3
+
+
+def test_masks_that_keep_everything_have_no_velocity_error_but_rounding(make_job: Any) -> None:
+    job = make_job()
+    samples, student = samples_of(job), job.student(0).requires_grad_(False).eval()
+    target = velocities(job.dense(), samples, "teacher")
+    sparse = np.array(relative_errors(velocities(student, samples, ""), target, samples, 2))
+    for attention in attentions(student).values():
+        attention.policy.k.fill_(1)
+    full = np.array(relative_errors(velocities(student, samples, ""), target, samples, 2))
+    assert full.max() < 1e-5 < 1e-3 < sparse.min()
+
+
+def test_density_and_recall_equal_a_count_over_tokens(make_job: Any, calibrated: Path) -> None:
+    q_size, kv_size = 20, 12  # neither divides the 128 tokens
+    sizes = {"layout": "row_major", "layout__q_block": q_size, "layout__kv_block": kv_size}
+    job = make_job(**sizes, layout__block=None, calibration__path=None)
+    run(job.cfg, ["calibrate"])
+    student, seen = job.student(0).requires_grad_(False).eval(), {}
+    samples = samples_of(job, clips=2)
+    report = measure_masks(student, samples)
+    for name, attention in attentions(student).items():
+        attention.register_forward_hook(
+            lambda module, args, out, name=name: seen.setdefault(name, []).append(
+                (args[0], args[1], module.mask.selected)
+            )
+        )
+    velocities(student, samples, "")
+    for name, calls in seen.items():
+        shares, masses = [], []
+        for q, k, selected in calls:
+            tokens = torch.arange(q.shape[2])
+            kept = selected[:, :, tokens // q_size][:, :, :, tokens // kv_size]  # [B, H, S, S]
+            mass = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).double().softmax(-1)
+            shares.append(kept.double().mean((2, 3)))
+            masses.append((mass * kept).sum(3).mean(2))
+        expected = torch.cat(shares).mean(0)
+        assert report.density[name].tolist() == pytest.approx(expected.tolist(), rel=1e-9)
+        expected = torch.cat(masses).mean(0)
+        assert report.recall[name].tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    densities = torch.stack(list(report.density.values()))
+    assert report.mean_density == pytest.approx(float(densities.mean()))
+
+
+def test_samples_are_compared_with_the_teacher_by_their_pixels(
+    make_job: Any, tmp_path: Path
+) -> None:
+    job = make_job()
+    dataset = job.dataset("heldout")
+    models = {"teacher": job.dense(), "before": job.student(0).requires_grad_(False).eval()}
+    options = {"steps": 2, "shift": 1.0, "device": job.device}
+    clips = [dataset[0], dataset[5]]
+    psnr = sample_videos(models, clips, job.codec, tmp_path, **options)
+    for index in range(2):
+        frames = dict(np.load(tmp_path / f"clip-{index}.npz"))
+        assert frames["teacher"].shape == (8, 32, 64, 3)
+        for name, other in (("teacher/before", "teacher"), ("real/before", "real")):
+            error = frames["before"].astype(float) - frames[other].astype(float)
+            expected = 20 * math.log10(255 / math.sqrt((error**2).mean()))
+            assert psnr[name][index] == pytest.approx(expected)
+    alone = sample_videos(models, clips[1:], job.codec, tmp_path, **options)
+    assert alone["real/teacher"][0] == pytest.approx(psnr["real/teacher"][1], abs=0.01)
+
+
+def test_a_sparse_run_reports_its_errors_and_its_sparsity(
+    lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    stages = ["calibrate", "train", "evaluate"]
+    overrides = lab.student(tmp_path, stages=stages, repeat_seeds=[3], evaluation__clips=4)
+    file, found = tmp_path / "student" / "evaluation" / "evaluation.json", []
+    for _ in range(2):
+        assert launcher.run(overrides).code == 0
+        found.append({**json.loads(file.read_text()), "seconds": 0})
+    assert found[0] == found[1]
+    result = found[0]
+    assert result["seeds"] == [0, 3] and result["noise_levels"] == LEVELS
+    assert len({clip["clip_id"] for clip in result["clips"]}) == 4
+    errors = [result["velocity_error"]["before"], *result["velocity_error"]["after"].values()]
+    assert np.array(errors).shape == (3, 4, 2) and np.array(errors).min() > 0
+    sparsity = result["sparsity"]
+    assert sparsity["requested"] == 0.6 and abs(sparsity["planned"] - 0.6) <= 1 / 32
+    for when in ("before", "after"):
+        densities = np.array(result["density"][when])  # [layer, head]
+        assert sparsity[f"measured_{when}"] == pytest.approx(1 - densities.mean())
+        assert abs(sparsity[f"measured_{when}"] - 0.6) < 0.1
+        assert (np.array(result["recall"][when]) < 1).all()
+
+
+def test_a_dense_run_reports_the_flow_matching_loss(
+    lab: Any, launcher: Any, make_job: Any, tmp_path: Path
+) -> None:
+    settings = {"loss": "flow_matching", "sparsity": 0.0, "stages": ["train", "evaluate"]}
+    settings |= {"evaluation__clips": 3, "evaluation__batch_size": 2, "steps": 2}
+    assert launcher.run(lab.student(tmp_path, **settings)).code == 0
+    file = tmp_path / "student" / "evaluation" / "evaluation.json"
+    result = json.loads(file.read_text())
+    job = make_job(**settings)
+    dataset, model = job.dataset("heldout"), job.trained(0)
+    chosen = [dataset[clip["index"]] for clip in result["clips"]]
+    for level, t in enumerate(LEVELS):
+        losses = []
+        for clip in chosen:
+            sample = noisy_samples([clip], LEVELS, 1, job.device)[level]
+            velocity = velocities(model, [sample], "")[0][0]
+            noise = (sample.x[0] - (1 - t) * clip["latent"]) / t
+            losses.append(float((velocity - (noise - clip["latent"])).square().mean()))
+        found = result["flow_matching_loss"]["heldout"][level]
+        assert found == pytest.approx(sum(losses) / 3, rel=1e-4)
+
+
+def test_chosen_clips_are_spread_evenly() -> None:
+    assert evenly(10, 4) == [1, 3, 6, 8]
+    assert evenly(3, 8) == [0, 1, 2] and evenly(5, 1) == [2] and evenly(5, 0) == []
