@@ -58,6 +58,9 @@ def preflight(cfg: DictConfig, stages: list[str]) -> dict[str, Any]:
     if cfg.sparsity > 0:
         facts |= _check_sparsity(cfg, model, grid, dtype, device)
         _check_calibration_path(cfg)
+    if cfg.seed in cfg.repeat_seeds:
+        fix = "they come after it"
+        raise Refusal("repeat_seeds", list(cfg.repeat_seeds), f"other seeds than {cfg.seed}", fix)
     if "train" in stages:
         facts["batch"] = _batch(cfg)
         facts["checkpoint"] = checkpoint_size(cfg, facts["parameters"])

@@ -1,6 +1,5 @@
 """Student against teacher on held-out clips: velocity error, masks, samples."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,6 +131,10 @@ def sample_videos(
     the PSNR in dB of each model to the real clip ("real/<name>") and, where a model is named
     teacher, to its sample ("teacher/<name>"), and of repeating the first frame ("real/repeat").
     """
+    others = [name for name in models if name != "teacher" and "teacher" in models]
+    if not clips:
+        names = [*(f"real/{name}" for name in models), *(f"teacher/{name}" for name in others)]
+        return {name: [] for name in names}
     folder.mkdir(parents=True, exist_ok=True)
     text = torch.stack([c["text"] for c in clips]).to(device)
     condition = _stack(clips, "condition")
@@ -148,11 +151,7 @@ def sample_videos(
     for i in range(len(clips)):
         np.savez_compressed(folder / f"clip-{i}.npz", **{n: v[i] for n, v in videos.items()})
     psnr = {f"real/{n}": _psnr(v, videos["real"]) for n, v in videos.items() if n != "real"}
-    if "teacher" in videos:
-        for name in models:
-            if name != "teacher":
-                psnr[f"teacher/{name}"] = _psnr(videos[name], videos["teacher"])
-    return psnr
+    return psnr | {f"teacher/{n}": _psnr(videos[n], videos["teacher"]) for n in others}
 
 
 def evenly(items: int, count: int) -> list[int]:
@@ -188,9 +187,3 @@ def _to_uint8(video: Tensor) -> np.ndarray:
 def _psnr(a: np.ndarray, b: np.ndarray) -> list[float]:
     error = ((a.astype(np.float64) - b) ** 2).reshape(len(a), -1).mean(1)
     return (10 * np.log10(255**2 / np.maximum(error, 1e-9))).tolist()
-
-
-def batches_of(clips: list[Clip], size: int) -> Iterator[list[Clip]]:
-    """Yield the clips in lists of `size`."""
-    for start in range(0, len(clips), size):
-        yield clips[start : start + size]

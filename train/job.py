@@ -366,23 +366,27 @@ def _summarise(job: Job, found: dict[str, Any]) -> None:
     if job.is_sparse:
         spread = found["error_after_sd"]
         around = f" ± {spread:.4f} over {found['num_seeds']} seeds" if spread is not None else ""
+        gain = found["reduction_percent"]
         job.log(
             "relative velocity error to the dense teacher at sparsity %.3f, %d held-out clips x %d "
-            "noise levels: %.4f training-free, %.4f%s distilled (%.1f %% less)",
+            "noise levels: %.4f training-free, %.4f%s distilled (%.1f %% %s)",
             found["measured_sparsity"],
             found["num_clips"],
             found["num_noise_levels"],
             found["error_before"],
             found["error_after"],
             around,
-            found["reduction_percent"],
+            abs(gain),
+            "less" if gain >= 0 else "more",
         )
     else:
         job.log(
-            "flow-matching loss: %.4f train, %.4f held out; samples: %.2f dB to the real clips",
+            "flow-matching loss: %.4f train, %.4f held out",
             found["train_loss"],
             found["heldout_loss"],
-            found["psnr_to_real"],
         )
-    job.log("export: %s", job.run_dir / "export")
+        if found["psnr_to_real"] is not None:
+            job.log("samples: %.2f dB to the real clips", found["psnr_to_real"])
+    if (job.run_dir / "export").is_dir():
+        job.log("export: %s", job.run_dir / "export")
     job.log("report: %s", job.run_dir / "report" / "index.html")
