@@ -142,7 +142,8 @@ def load_pipeline(path: str | Path, **kwargs: Any) -> Any:
     folder = Path(path)
     for name in (INDEX, CONFIG_NAME):
         if not (folder / name).is_file():
-            raise Refusal("path", folder, f"an export with {name}", "run `gossamer export` first")
+            fix = "export a sparse run with `gossamer export` (a dense one loads in diffusers)"
+            raise Refusal("path", folder, f"an export with {name}", fix)
     if json.loads((folder / INDEX).read_text())["_class_name"] == LatentVideoPipeline.__name__:
         pipeline = LatentVideoPipeline.load(folder)
     else:

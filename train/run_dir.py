@@ -13,8 +13,9 @@ from gossamer.train.refusal import Refusal
 log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
-# Keys that may change between two calls of the same run.
+# Keys that may change between two calls of the same run; its folder may be moved.
 FREE_KEYS = ("resume", "debug", "stages", "num_workers", "log_every", "tracker", "export")
+PLACE_KEYS = ("name", "runs_dir", "run_dir")
 
 
 def check_run_dir(cfg: DictConfig, run_dir: Path) -> None:
@@ -58,5 +59,5 @@ def _flat(cfg: Any) -> dict[str, Any]:
     container = OmegaConf.to_container(cfg, resolve=True)
     if not isinstance(container, dict):
         raise ValueError("it holds no keys")
-    walk("", {k: v for k, v in container.items() if k not in FREE_KEYS})
+    walk("", {k: v for k, v in container.items() if k not in FREE_KEYS + PLACE_KEYS})
     return flat

@@ -129,12 +129,13 @@ class Launcher:
         overrides: list[str],
         *,
         env: dict[str, str] | None = None,
+        hide: str = "",
         fault: tuple[int, str] | None = None,
     ) -> Running:
-        """Start `python -m gossamer.train OVERRIDES`; `fault` kills it at a point of a save."""
+        """Start `python -m gossamer.train OVERRIDES`; see launcher.py for the options."""
         self._jobs += 1
         log = self._folder / f"job-{self._jobs}.log"
-        job = {"argv": overrides, "log": str(log), "env": env or {}, "fault": fault}
+        job = {"argv": overrides, "log": str(log), "env": env or {}, "hide": hide, "fault": fault}
         return Running(self._ask({"start": job}), log, lambda pid: self._ask({"wait": pid}))
 
     def run(self, overrides: list[str], **options: object) -> Done:

@@ -1,7 +1,7 @@
 """A process that imports the trainer once and forks it for each job, so that a job starts at once.
 
-It reads one JSON request a line: {"start": {"argv", "log", "env", "fault"}} prints the process id,
-{"wait": pid} its exit status as subprocess counts it.
+It reads one JSON request a line: {"start": {"argv", "log", "env", "hide", "fault"}} prints the
+process id, {"wait": pid} its exit status as subprocess counts it.
 """
 
 import functools
@@ -19,13 +19,20 @@ from gossamer.train import checkpoint, job, stages  # noqa: F401
 from gossamer.train.cli import main
 
 
-def run(argv: list[str], log: str, env: dict[str, str], fault: tuple[int, str] | None) -> None:
-    """Become a job: what `python -m gossamer.train` does, with stderr and stdout in `log`."""
+def run(
+    argv: list[str], log: str, env: dict[str, str], hide: str, fault: tuple[int, str] | None
+) -> None:
+    """Become a job: what `python -m gossamer.train` does, with stderr and stdout in `log`.
+
+    `hide` names a package that cannot be imported, `fault` the save and the point to die at.
+    """
     output = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(env)
+    if hide:
+        sys.modules[hide] = None  # type: ignore[assignment]
     if fault is not None:
         die_in_save(*fault)
     try:
