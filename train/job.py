@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,12 @@ from torch import nn
 from gossamer.sparse.attach import attach, method_from_spec
 from gossamer.sparse.attention import resolve_backend
 from gossamer.train import checkpoint, loop
-from gossamer.train.calibrate import calibrate
 from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
-from gossamer.train.check import check_splits, preflight
+from gossamer.train.check import preflight
 from gossamer.train.codec import Codec, load_codec
 from gossamer.train.config import build, data_dir, fingerprint, save_config
 from gossamer.train.data.dataset import LatentDataset
-from gossamer.train.data.encode import encode
-from gossamer.train.distiller import Distiller
 from gossamer.train.files import write_atomic
-from gossamer.train.keep_policy import keep_policy
 from gossamer.train.processes import on_main
 from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import CONFIG, check_run_dir
@@ -182,16 +177,17 @@ def run(cfg: DictConfig, stages: list[str] | None = None) -> dict[str, Any]:
 
     Raises Refusal for bad input before any heavy work; a run folder of another config is refused.
     """
-    from gossamer.train.stages import check_export, evaluate_stage, export_stage, report_stage
+    from gossamer.train.results import check_export, evaluate_stage, export_stage, report_stage
+    from gossamer.train.stages import calibrate_stage, encode_stage, train_stage
 
     start = time.monotonic()
     todo = list(stages if stages is not None else cfg.stages)
     preflight(cfg, todo)
     job = Job(cfg, make_accelerator(cfg), todo)
     table: dict[str, Callable[[Job], None]] = {
-        "encode": _encode,
-        "calibrate": _calibrate,
-        "train": _train,
+        "encode": encode_stage,
+        "calibrate": calibrate_stage,
+        "train": train_stage,
         "evaluate": evaluate_stage,
         "export": export_stage,
         "report": report_stage,
@@ -233,113 +229,6 @@ def make_accelerator(cfg: DictConfig) -> Accelerator:
             "mixed_precision", accelerator.mixed_precision, "no or bf16", "launch with bf16"
         )
     return accelerator
-
-
-def _encode(job: Job) -> None:
-    settings = OmegaConf.to_container(job.cfg.data, resolve=True)
-    assert isinstance(settings, dict)
-    source = settings.pop("source")
-    del settings["dir"]
-    # Built here, not job.text: a large text encoder must not stay on the device for the training.
-    codec, text = (build(job.cfg[name]).to(job.device) for name in ("codec", "text"))
-    folder = data_dir(job.cfg)
-    manifest = encode(source, folder, codec=codec, text=text, **settings)  # type: ignore[arg-type]
-    check_splits(manifest, folder, job.stages)
-
-
-def _calibrate(job: Job) -> None:
-    from gossamer.train.evaluate import evenly, noisy_samples
-
-    if not job.is_sparse or _is_calibrated(job):
-        return
-    options, dataset = job.cfg.calibration, job.dataset("train")
-    clips = [dataset[i] for i in evenly(len(dataset), options.clips)]
-    levels = list(options.noise_levels)
-    samples = noisy_samples(clips, levels, job.cfg.evaluation.batch_size, job.device)
-    method, teacher = method_from_spec(job.method_spec), job.dense()
-    common = {"sparsity": job.cfg.sparsity, "noise_levels": levels, "clips": len(clips)}
-    with job.autocast():
-        if options.budgets == "policy":
-            result = keep_policy(teacher, method, samples, **common)
-        else:
-            result = calibrate(
-                teacher,
-                method,
-                samples,
-                densities=list(options.densities),
-                probes=options.probes,
-                seed=job.cfg.seed,
-                **common,
-            )
-    made_for = {**job.masks_asked, "weights": weights_digest(teacher)}
-    replace(result, made_for=made_for).save(job.calibration_dir)
-    job.log(
-        "calibrated in %.0f s: planned sparsity %.4f (asked %.4f)",
-        result.seconds,
-        1 - result.planned_density,
-        job.cfg.sparsity,
-    )
-    for line in result.table():
-        job.log("%s", line)
-
-
-def _is_calibrated(job: Job) -> bool:
-    """Return whether the run's calibration is there; one that was forced to change is not."""
-    if not (job.calibration_dir / CALIBRATION).is_file():
-        return False
-    if job.cfg.calibration.path is None:
-        difference = Calibration.load(job.calibration_dir).differs(job.masks_asked)
-        if difference:
-            job.log("calibrating again: %s", difference)
-            return False
-    return bool(job.calibration)  # refuses one of other masks
-
-
-def _train(job: Job) -> None:
-    options = OmegaConf.to_container(job.cfg.optimizer, resolve=True)
-    assert isinstance(options, dict)
-    names = (
-        "steps",
-        "batch_size",
-        "grad_accumulation",
-        "ema",
-        "num_workers",
-        "log_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-    )
-    loss = build(job.cfg.loss)
-    teacher = job.dense() if loss.needs_teacher else None
-    dataset = job.dataset("train")
-    for seed in job.seeds:
-        settings = loop.TrainSettings(
-            seed=seed,
-            **options,  # type: ignore[arg-type]
-            **{name: job.cfg[name] for name in names},
-        )
-        folder = job.seed_dir(seed)
-        tracker = build(job.cfg.tracker if seed == job.cfg.seed else {"_target_": NO_TRACKER})
-        if job.accelerator.is_main_process:
-            config = OmegaConf.to_container(job.cfg, resolve=True)
-            tracker.start(folder, config)
-        student = job.student(seed)
-        if job.cfg.compile:
-            for block in student.blocks:
-                block.compile()
-        loop.train(
-            Distiller(student, teacher, loss, job.noise, seed),
-            dataset,
-            job.accelerator,
-            settings,
-            folder=folder,
-            tracker=tracker,
-            title=f"train seed {seed}",
-        )
-        tracker.finish()
-        job.accelerator.free_memory()
-
-
-NO_TRACKER = "gossamer.train.trackers.NoTracker"
 
 
 def _finish(job: Job, stages: list[str], seconds: float) -> dict[str, Any]:

@@ -1,247 +1,128 @@
-"""The stages after training: evaluate, export (and reload), report."""
+"""The stages up to a trained student: encode, calibrate, train."""
 
-import json
-import logging
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+from omegaconf import OmegaConf
 
-from gossamer import __version__
-from gossamer.train import checkpoint
-from gossamer.train.evaluate import (
-    Clip,
-    evenly,
-    measure_masks,
-    noisy_samples,
-    relative_errors,
-    sample_videos,
-    velocities,
-)
-from gossamer.train.export import (
-    export,
-    is_export_of,
-    model_card,
-    refuse_existing,
-    write_receipt,
-)
-from gossamer.train.files import sha256, write_atomic
-from gossamer.train.pipeline import LatentVideoPipeline, load_pipeline
-from gossamer.train.refusal import Refusal
+from gossamer.sparse.attach import method_from_spec
+from gossamer.train import loop
+from gossamer.train.calibrate import calibrate
+from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
+from gossamer.train.check import check_splits
+from gossamer.train.config import build, data_dir
+from gossamer.train.data.encode import encode
+from gossamer.train.distiller import Distiller
+from gossamer.train.keep_policy import keep_policy
 
 if TYPE_CHECKING:
     from gossamer.train.job import Job
 
-log = logging.getLogger(__name__)
-
-EVALUATION = "evaluation/evaluation.json"
-EXPORT = "export"
-RECEIPT = "export.json"  # beside the export: the checkpoint it was made of, its files' SHA-256
+NO_TRACKER = "gossamer.train.trackers.NoTracker"
 
 
-def evaluate_stage(job: "Job") -> None:
-    """Measure on held-out clips and write evaluation/evaluation.json with the samples."""
-    path = job.run_dir / EVALUATION
-    start = time.monotonic()
-    dataset = job.dataset("heldout")
-    options = job.cfg.evaluation
-    chosen = evenly(len(dataset), options.clips)
-    clips = [dataset[i] for i in chosen]
+def encode_stage(job: "Job") -> None:
+    """Encode the source into latent shards, unless the same ones are there."""
+    settings = OmegaConf.to_container(job.cfg.data, resolve=True)
+    assert isinstance(settings, dict)
+    source = settings.pop("source")
+    del settings["dir"]
+    # Built here, not job.text: a large text encoder must not stay on the device for the training.
+    codec, text = (build(job.cfg[name]).to(job.device) for name in ("codec", "text"))
+    folder = data_dir(job.cfg)
+    manifest = encode(source, folder, codec=codec, text=text, **settings)  # type: ignore[arg-type]
+    check_splits(manifest, folder, job.stages)
+
+
+def calibrate_stage(job: "Job") -> None:
+    """Find the mask budgets on the dense teacher, unless they are there."""
+    from gossamer.train.evaluate import evenly, noisy_samples
+
+    if not job.is_sparse or _is_calibrated(job):
+        return
+    options, dataset = job.cfg.calibration, job.dataset("train")
+    clips = [dataset[i] for i in evenly(len(dataset), options.clips)]
+    levels = list(options.noise_levels)
+    samples = noisy_samples(clips, levels, job.cfg.evaluation.batch_size, job.device)
+    method, teacher = method_from_spec(job.method_spec), job.dense()
+    common = {"sparsity": job.cfg.sparsity, "noise_levels": levels, "clips": len(clips)}
     with job.autocast():
-        result = (_evaluate_sparse if job.is_sparse else _evaluate_dense)(job, clips)
-    result |= {
-        "noise_levels": list(options.noise_levels),
-        "clips": [{"index": i, "clip_id": dataset.meta(i)["clip_id"]} for i in chosen],
-        "device": device_name(job.device),
-        "seconds": time.monotonic() - start,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(result))
-
-
-def _evaluate_sparse(job: "Job", clips: list[Clip]) -> dict[str, Any]:
-    options = job.cfg.evaluation
-    levels = list(options.noise_levels)
-    samples = noisy_samples(clips, levels, options.batch_size, job.device)
-    teacher = job.dense()
-    target = velocities(teacher, samples, "teacher")
-
-    def errors(model: nn.Module, title: str) -> list[list[float]]:
-        return relative_errors(velocities(model, samples, title), target, samples, len(levels))
-
-    before = job.student(job.cfg.seed).requires_grad_(False).eval()
-    after = {seed: job.trained(seed) for seed in job.seeds}
-    masks = {"before": measure_masks(before, samples)}
-    masks["after"] = measure_masks(after[job.cfg.seed], samples)
-    models = {"teacher": teacher, "before": before, "after": after[job.cfg.seed]}
-    few = [clips[i] for i in evenly(len(clips), options.sample_clips)]
-    psnr = _samples(job, models, few)
-    return {
-        "seeds": job.seeds,
-        "sparsity": {
-            "requested": job.cfg.sparsity,
-            "planned": 1 - job.calibration.planned_density,
-            "measured_before": 1 - masks["before"].mean_density,
-            "measured_after": 1 - masks["after"].mean_density,
-        },
-        "velocity_error": {
-            "before": errors(before, "before"),
-            "after": {str(s): errors(m, f"after, seed {s}") for s, m in after.items()},
-        },
-        "layers": list(masks["after"].density),
-        "density": {n: [d.tolist() for d in m.density.values()] for n, m in masks.items()},
-        "recall": {n: [r.tolist() for r in m.recall.values()] for n, m in masks.items()},
-        "samples": {
-            "psnr_to_teacher": {n: psnr[f"teacher/{n}"] for n in ("before", "after")},
-            "files": [f"samples/clip-{i}.npz" for i in range(len(few))],
-        },
-    }
-
-
-def _evaluate_dense(job: "Job", clips: list[Clip]) -> dict[str, Any]:
-    """Measure a dense model: flow-matching loss on both splits, and samples against real clips."""
-    options = job.cfg.evaluation
-    levels = list(options.noise_levels)
-    model = job.trained(job.cfg.seed)
-    train = job.dataset("train")
-    losses = {}
-    for split, some in (
-        ("train", [train[i] for i in evenly(len(train), len(clips))]),
-        ("heldout", clips),
-    ):
-        samples = noisy_samples(some, levels, options.batch_size, job.device)
-        by_level: list[list[float]] = [[] for _ in levels]
-        for sample, v in zip(samples, velocities(model, samples, split), strict=True):
-            latent = torch.stack([c["latent"] for c in some])  # type: ignore[misc]
-            start = len(by_level[sample.level])
-            x0 = latent[start : start + len(v)]
-            t = sample.t.cpu().view(-1, 1, 1, 1, 1)
-            noise = (sample.x.cpu() - (1 - t) * x0) / t
-            by_level[sample.level] += (v - (noise - x0)).square().flatten(1).mean(1).tolist()
-        losses[split] = [sum(row) / len(row) for row in by_level]
-    few = [clips[i] for i in evenly(len(clips), options.sample_clips)]
-    psnr = _samples(job, {"teacher": model}, few)
-    return {
-        "flow_matching_loss": losses,
-        "samples": {
-            "psnr_to_real": psnr["real/teacher"],
-            "repeat_first_psnr": psnr.get("real/repeat", []),
-            "files": [f"samples/clip-{i}.npz" for i in range(len(few))],
-        },
-    }
-
-
-def _samples(job: "Job", models: dict[str, nn.Module], clips: list[Clip]) -> dict[str, list[float]]:
-    return sample_videos(
-        models,
-        clips,
-        job.codec,
-        job.run_dir / "evaluation" / "samples",
-        steps=job.cfg.evaluation.sample_steps,
-        shift=job.shift,
-        device=job.device,
+        if options.budgets == "policy":
+            result = keep_policy(teacher, method, samples, **common)
+        else:
+            result = calibrate(
+                teacher,
+                method,
+                samples,
+                densities=list(options.densities),
+                probes=options.probes,
+                seed=job.cfg.seed,
+                **common,
+            )
+    made_for = {**job.masks_asked, "weights": weights_digest(teacher)}
+    replace(result, made_for=made_for).save(job.calibration_dir)
+    job.log(
+        "calibrated in %.0f s: planned sparsity %.4f (asked %.4f)",
+        result.seconds,
+        1 - result.planned_density,
+        job.cfg.sparsity,
     )
+    for line in result.table():
+        job.log("%s", line)
 
 
-def check_export(job: "Job") -> None:
-    """Refuse, before any work, an export of another checkpoint that the stages would replace."""
-    folder = job.run_dir / EXPORT
-    if "export" not in job.stages or not folder.exists() or job.cfg.export.overwrite:
-        return
-    newest = checkpoint.latest(job.seed_dir(job.cfg.seed) / "checkpoints")
-    unfinished = newest is None or checkpoint.step_of(newest) < job.cfg.steps
-    if ("train" in job.stages and unfinished) or not _is_exported(job):
-        raise refuse_existing(folder)
+def _is_calibrated(job: "Job") -> bool:
+    """Return whether the run's calibration is there; one that was forced to change is not."""
+    if not (job.calibration_dir / CALIBRATION).is_file():
+        return False
+    if job.cfg.calibration.path is None:
+        difference = Calibration.load(job.calibration_dir).differs(job.masks_asked)
+        if difference:
+            job.log("calibrating again: %s", difference)
+            return False
+    return bool(job.calibration)  # refuses one of other masks
 
 
-def export_stage(job: "Job") -> None:
-    """Export the trained student once a fresh copy of it gives the same velocities bit for bit."""
-    folder = job.run_dir / EXPORT
-    if folder.exists() and _is_exported(job):
-        job.log("%s is already the export of the newest checkpoint: nothing to do", folder)
-        return
-    student = job.trained(job.cfg.seed)
+def train_stage(job: "Job") -> None:
+    """Train a student for each seed, each from its newest checkpoint."""
+    options = OmegaConf.to_container(job.cfg.optimizer, resolve=True)
+    assert isinstance(options, dict)
+    names = (
+        "steps",
+        "batch_size",
+        "grad_accumulation",
+        "ema",
+        "num_workers",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+    )
+    loss = build(job.cfg.loss)
+    teacher = job.dense() if loss.needs_teacher else None
     dataset = job.dataset("train")
-    levels = list(job.cfg.evaluation.noise_levels)[:1]
-    samples = noisy_samples([dataset[0]], levels, 1, job.device)
-    expected = velocities(student, samples, "before export")[0]
-
-    def check(partial: Path) -> None:
-        if job.is_sparse and job.cfg.export.dtype == "float32":
-            reloaded = load_pipeline(partial).transformer.to(job.device)
-            if not torch.equal(velocities(reloaded, samples, "reloaded export")[0], expected):
-                raise Refusal(
-                    "export", partial, "an export that repeats the student's bits", "report this"
-                )
-            job.log("the reloaded export's velocities equal the trained student's bit for bit")
-        write_receipt(job.run_dir / RECEIPT, partial, _exported(job))
-
-    export(
-        student,
-        folder,
-        spec=_spec(job) if job.is_sparse else None,
-        pipeline=_pipeline_parts(job, student),
-        card=_card(job),
-        overwrite=job.cfg.export.overwrite,
-        dtype=getattr(torch, job.cfg.export.dtype),
-        before_publish=check,
-    )
-
-
-def _is_exported(job: "Job") -> bool:
-    folder = job.run_dir / EXPORT
-    return is_export_of(job.run_dir / RECEIPT, folder, _exported(job))
-
-
-def _exported(job: "Job") -> dict[str, Any]:
-    """Return what identifies an export: the newest checkpoint, and how it is written."""
-    newest = job.newest_checkpoint(job.cfg.seed)
-    manifest = sha256(newest / checkpoint.MANIFEST)
-    return {"name": newest.name, "manifest": manifest, "dtype": job.cfg.export.dtype}
-
-
-def _spec(job: "Job") -> dict[str, Any]:
-    return {"gossamer_version": __version__, "method": job.method_spec}
-
-
-def report_stage(job: "Job") -> None:
-    """Write the HTML report."""
-    from gossamer.train.report import report
-
-    report(job.run_dir)
-
-
-def device_name(device: torch.device) -> str:
-    """Return the GPU's name, or the processor's with its thread count."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def _pipeline_parts(job: "Job", student: nn.Module) -> LatentVideoPipeline | Path | None:
-    """Return what stands beside the transformer: the embedded pipeline, or the source folder."""
-    source = getattr(job.source, "path", None)
-    if source is not None and (source / "transformer").is_dir() and (source / "vae").is_dir():
-        return Path(source)
-    return LatentVideoPipeline(
-        transformer=student,
-        codec=job.codec,
-        text=job.text,
-        condition=job.source.condition,
-        shift=job.shift,
-    )
-
-
-def _card(job: "Job") -> str:
-    facts = {
-        "recipe": job.cfg.recipe_name,
-        "model": getattr(job.source, "path", "trained from scratch"),
-        "sparsity": job.cfg.sparsity,
-        "loss": job.cfg.loss.name if "name" in job.cfg.loss else job.cfg.loss._target_,
-        "steps": job.cfg.steps,
-        "seed": job.cfg.seed,
-        "gossamer": __version__,
-    }
-    return model_card(job.run_dir.name, facts)
+    for seed in job.seeds:
+        settings = loop.TrainSettings(
+            seed=seed,
+            **options,  # type: ignore[arg-type]
+            **{name: job.cfg[name] for name in names},
+        )
+        folder = job.seed_dir(seed)
+        tracker = build(job.cfg.tracker if seed == job.cfg.seed else {"_target_": NO_TRACKER})
+        if job.accelerator.is_main_process:
+            config = OmegaConf.to_container(job.cfg, resolve=True)
+            tracker.start(folder, config)
+        student = job.student(seed)
+        if job.cfg.compile:
+            for block in student.blocks:
+                block.compile()
+        loop.train(
+            Distiller(student, teacher, loss, job.noise, seed),
+            dataset,
+            job.accelerator,
+            settings,
+            folder=folder,
+            tracker=tracker,
+            title=f"train seed {seed}",
+        )
+        tracker.finish()
+        job.accelerator.free_memory()
