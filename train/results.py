@@ -13,6 +13,8 @@ from torch import nn
 from gossamer import __version__
 from gossamer.train import checkpoint
 from gossamer.train.calibration import CALIBRATION
+from gossamer.train.config import data_dir, fingerprint
+from gossamer.train.data.shards import MANIFEST
 from gossamer.train.evaluate import (
     Clip,
     evenly,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+METHOD = ("layout", "estimator", "policy", "compensation", "backend", "noise")
 EVALUATION = "evaluation/evaluation.json"
 EXPORT = "export"
 RECEIPT = "export.json"  # beside the export: the checkpoint it was made of, its files' SHA-256
@@ -69,15 +72,22 @@ def evaluate_stage(job: "Job") -> None:
 
 
 def _evaluated(job: "Job") -> dict[str, Any]:
-    """Return what identifies an evaluation: checkpoints, calibration, settings and device."""
+    """Return what identifies an evaluation: checkpoints, masks, data, settings and device."""
     files = {str(s): job.newest_checkpoint(s) / checkpoint.MANIFEST for s in job.seeds}
-    if job.is_sparse:
-        files["calibration"] = job.calibration_dir / CALIBRATION
+    files["data"] = data_dir(job.cfg) / MANIFEST
     return {
         "files": {name: sha256(file) for name, file in files.items()},
+        "method": _method(job),
         "settings": OmegaConf.to_container(job.cfg.evaluation),
         "device": device_name(job.device),
     }
+
+
+def _method(job: "Job") -> list[str]:
+    """Return what identifies a run's masks and noise: hashes of its config and its budgets."""
+    budgets = job.calibration_dir / CALIBRATION
+    hashes = [sha256(budgets)] if job.is_sparse and budgets.is_file() else []
+    return [fingerprint(job.cfg, METHOD), *hashes]
 
 
 def _evaluate_sparse(job: "Job", clips: list[Clip]) -> dict[str, Any]:
@@ -218,7 +228,12 @@ def _exported(job: "Job") -> dict[str, Any]:
     """Return what identifies an export: the newest checkpoint, and how it is written."""
     newest = job.newest_checkpoint(job.cfg.seed)
     manifest = sha256(newest / checkpoint.MANIFEST)
-    return {"name": newest.name, "manifest": manifest, "dtype": job.cfg.export.dtype}
+    return {
+        "name": newest.name,
+        "manifest": manifest,
+        "method": _method(job),
+        "dtype": job.cfg.export.dtype,
+    }
 
 
 def _spec(job: "Job") -> dict[str, Any]:

@@ -126,10 +126,16 @@ def test_a_sparse_run_reports_its_errors_and_its_sparsity(
     overrides = lab.student(tmp_path, stages=stages, repeat_seeds=[3], evaluation__clips=4)
     file, found = tmp_path / "student" / "evaluation" / "evaluation.json", []
     for _ in range(2):
+        file.unlink(missing_ok=True)
         assert launcher.run(overrides).code == 0
         found.append({**json.loads(file.read_text()), "seconds": 0})
     assert found[0] == found[1]
     result = found[0]
+    done = launcher.run(overrides)
+    assert "is already of these checkpoints: nothing to do" in done.text
+    for change in ("compensation=drop", "noise=shifted", "evaluation.clips=3", "sparsity=0.7"):
+        done = launcher.run([*overrides, change, "resume=force"])
+        assert done.code == 0 and "nothing to do" not in done.text, change
     assert result["seeds"] == [0, 3] and result["noise_levels"] == LEVELS
     assert len({clip["clip_id"] for clip in result["clips"]}) == 4
     errors = [result["velocity_error"]["before"], *result["velocity_error"]["after"].values()]

@@ -120,7 +120,8 @@ def test_an_export_of_anything_else_is_kept_unless_overwriting_is_asked_for(
     config = (run.folder / "config.yaml").read_text()
     weights = (folder / "transformer" / "config.json").read_bytes()
     more = {"steps": 12, "resume": "force"}
-    for change in ({"export__dtype": "bfloat16"}, more):
+    other = {"compensation": "drop", "resume": "force"}
+    for change in ({"export__dtype": "bfloat16"}, other, more):
         done = again(lab, launcher, run, **change)
         assert done.code == 2 and "set export.overwrite=true" in done.errors[0]
         assert "train seed" not in done.text  # refused before the training, not after
