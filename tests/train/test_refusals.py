@@ -108,7 +108,7 @@ def test_a_source_without_a_film_is_refused(
     assert said in refused(launcher, overrides)
 
 
-def test_a_film_of_one_shot_is_refused_before_a_training_that_could_not_be_evaluated(
+def test_a_film_too_short_to_hold_out_a_clip_is_refused_before_the_training(
     lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
     write_one_shot(lab.film, tmp_path / "shot.mp4")
@@ -118,7 +118,7 @@ def test_a_film_of_one_shot_is_refused_before_a_training_that_could_not_be_evalu
     assert "data with heldout clips, for evaluate" in line and "more shots" in line
 
 
-def write_one_shot(film: Path, path: Path, frames: int = 20) -> None:
+def write_one_shot(film: Path, path: Path, frames: int = 12) -> None:
     import av
 
     with av.open(str(film)) as source, av.open(str(path), "w") as target:

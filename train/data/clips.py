@@ -59,9 +59,11 @@ def plan_clips(
     """Cut the shots of video `position` of `total` into clips; none crosses a shot.
 
     A film (FILM_SHOTS shots or more, or the only video) holds out its last shots; of short videos
-    the last ones are held out whole.
+    the last ones are held out whole. A film whose usable shots would all be on one side holds out
+    the last of those, or the end of its only one.
     """
-    clips, skipped = [], []
+    usable: list[tuple[Shot, str]] = []
+    skipped = []
     is_film = total == 1 or len(shots) >= FILM_SHOTS
     for number, shot in enumerate(shots):
         if shot.end - shot.start < frames:
@@ -72,10 +74,30 @@ def plan_clips(
             skipped.append(Skipped(shot.start, shot.end, reason))
             continue
         place = (number, len(shots)) if is_film else (position, total)
-        split = "heldout" if held_out(*place, holdout) else "train"
-        for start in range(shot.start, shot.end - frames + 1, stride):
-            clips.append(Clip(f"{name}@{start:06d}", start, frames, shot, split))
+        usable.append((shot, _split(*place, holdout)))
+    if is_film and holdout > 0 and len({split for _, split in usable}) == 1:
+        parts = [shot for shot, _ in usable]
+        parts = parts if len(parts) > 1 else _cut(parts[0], frames, holdout)
+        usable = [(shot, _split(i, len(parts), holdout)) for i, shot in enumerate(parts)]
+    clips = [
+        Clip(f"{name}@{start:06d}", start, frames, shot, split)
+        for shot, split in usable
+        for start in range(shot.start, shot.end - frames + 1, stride)
+    ]
     return clips, skipped
+
+
+def _split(position: int, total: int, share: float) -> str:
+    return "heldout" if held_out(position, total, share) else "train"
+
+
+def _cut(shot: Shot, frames: int, holdout: float) -> list[Shot]:
+    """Cut a shot into a part to train on and the end to hold out, if both hold a clip."""
+    length = shot.end - shot.start
+    if length < 2 * frames:
+        return [shot]
+    cut = shot.end - min(max(round(length * holdout), frames), length - frames)
+    return [Shot(shot.start, cut, shot.motion), Shot(cut, shot.end, shot.motion)]
 
 
 def evenly(items: Sequence, count: int | None) -> list:

@@ -40,6 +40,22 @@ def test_short_videos_are_held_out_whole_and_films_by_their_own_shots() -> None:
     assert splits == ["train"] * 6 + ["heldout"] * 2
 
 
+def test_a_film_whose_last_shots_are_useless_holds_out_the_last_useful_one() -> None:
+    shots = [Shot(0, 4, 1.0), Shot(4, 8, 1.0), Shot(8, 12, 0.0), Shot(12, 14, 1.0)]
+    assert [clip.split for clip in plan(shots)[0]] == ["train", "heldout"]
+
+
+def test_a_film_of_one_shot_holds_out_its_end_in_frames_of_their_own() -> None:
+    clips, _ = plan([Shot(0, 40, 1.0)], stride=1)
+    train = [clip.start + clip.frames for clip in clips if clip.split == "train"]
+    held = [clip.start for clip in clips if clip.split == "heldout"]
+    assert (max(train), min(held), max(held) + 4) == (30, 30, 40)
+    clips, _ = plan([Shot(0, 9, 1.0)], stride=1)
+    assert {clip.split for clip in clips} == {"train", "heldout"}
+    assert {clip.split for clip in plan([Shot(0, 7, 1.0)], stride=1)[0]} == {"train"}
+    assert {clip.split for clip in plan([Shot(0, 40, 1.0)], holdout=0.0)[0]} == {"train"}
+
+
 @pytest.mark.parametrize(
     ("total", "share", "count"),
     [(10, 0.3, 3), (2, 0.01, 1), (2, 0.99, 1), (1, 0.5, 0), (10, 0.0, 0)],
