@@ -28,6 +28,7 @@ from gossamer.train.refusal import Refusal
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+LOCK = "run.lock"
 _STEP = re.compile(r"step-(\d+)(\.old)?")
 _FILE = re.compile(r"\w[\w.-]*")
 
@@ -210,13 +211,13 @@ def load_optimizer(
 
 
 class RunLock:
-    """Hold a run directory for one process; Refusal while another process holds it.
+    """Hold a folder for one process; Refusal, of the key `field`, while another process holds it.
 
     A process that died on this host frees the lock; one of another host cannot be asked.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / "run.lock"
+    def __init__(self, folder: Path, field: str = "run_dir") -> None:
+        self._path, self._field = folder / LOCK, field
         self._file: TextIO | None = None
 
     def __enter__(self) -> Self:
@@ -224,8 +225,8 @@ class RunLock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             file = self._path.open("a+", encoding="utf-8")
         except OSError as error:
-            fix = f"choose another runs_dir: {error}"
-            raise Refusal("run_dir", self._path.parent, "a folder to write into", fix) from error
+            fix = f"choose another folder: {error}"
+            raise Refusal(self._field, self._path.parent, "a folder to write into", fix) from error
         try:
             self._take(file)
         except BaseException:
@@ -260,7 +261,7 @@ class RunLock:
         here = socket.gethostname()
         if held or (pid and (host != here or _started(pid) == started)):
             fix = f"stop process {pid} on {host}; if it is gone, delete {self._path.name} there"
-            raise Refusal("run_dir", self._path.parent, "a directory no other run uses", fix)
+            raise Refusal(self._field, self._path.parent, "a folder no other run writes", fix)
         if pid:
             logger.warning("taking over %s from process %s, which died", self._path, pid)
         file.truncate(0)

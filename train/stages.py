@@ -1,5 +1,6 @@
 """The stages up to a trained student: encode, calibrate, train."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,10 @@ from gossamer.train import loop
 from gossamer.train.calibrate import calibrate
 from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
 from gossamer.train.check import check_splits
+from gossamer.train.checkpoint import RunLock
 from gossamer.train.config import build, data_dir
 from gossamer.train.data.encode import encode
+from gossamer.train.data.shards import Manifest
 from gossamer.train.distiller import Distiller
 from gossamer.train.keep_policy import keep_policy
 
@@ -30,7 +33,10 @@ def encode_stage(job: "Job") -> None:
     # Built here, not job.text: a large text encoder must not stay on the device for the training.
     codec, text = (build(job.cfg[name]).to(job.device) for name in ("codec", "text"))
     folder = data_dir(job.cfg)
-    manifest = encode(source, folder, codec=codec, text=text, **settings)  # type: ignore[arg-type]
+    # Only while encoding: finished data may be read by many runs at once.
+    lock = nullcontext() if Manifest.load(folder) else RunLock(folder, "data.dir")
+    with lock:
+        manifest = encode(source, folder, codec=codec, text=text, **settings)  # type: ignore[arg-type]
     check_splits(manifest, folder, job.stages)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from gossamer.train.checkpoint import RunLock
+
 SECONDS = 10
 BACKEND = {"backend": "triton"}
 ROWS = {"layout": "row_major", "layout__block": None, "layout__kv_block": 16}
@@ -216,5 +218,16 @@ def test_a_run_that_another_process_holds_is_refused(
 ) -> None:
     metrics = tmp_path / "student" / "metrics.jsonl"
     first = launcher.start(lab.student(tmp_path, steps=2000)).when(metrics.is_file)
-    assert "a directory no other run uses" in refused(launcher, lab.student(tmp_path, steps=2000))
+    assert "a folder no other run writes" in refused(launcher, lab.student(tmp_path, steps=2000))
     assert first.kill().code == -9
+
+
+def test_a_data_folder_that_another_process_fills_is_refused_and_later_shared(
+    lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    overrides = lab.student(tmp_path, data__dir=tmp_path / "data", stages=["encode", "calibrate"])
+    with RunLock(tmp_path / "data"):
+        assert "data.dir=" in refused(launcher, overrides)
+    assert launcher.run(overrides).code == 0
+    with RunLock(tmp_path / "data"):
+        assert launcher.run(overrides).code == 0

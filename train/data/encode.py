@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gossamer.train.checkpoint import LOCK
 from gossamer.train.codec import Codec, PCACodec
 from gossamer.train.data.clips import evenly
 from gossamer.train.data.rows import RowWriter
@@ -128,6 +129,7 @@ def _prepare(out: Path) -> None:
     """Make the folder, and clear what an unfinished encode left."""
     out.mkdir(parents=True, exist_ok=True)
     entries = list(out.iterdir())
+    entries = [entry for entry in entries if entry.name != LOCK]
     foreign = [entry.name for entry in entries if not OURS.fullmatch(entry.name)]
     if foreign:
         raise Refusal("out_dir", out, "an empty folder", f"choose another: it holds {foreign[0]}")
