@@ -74,8 +74,10 @@ class _MaskedAttention(torch.autograd.Function):
                 prob = logits.softmax(-1)
                 lse[at] = logits.amax(-1) - prob.amax(-1).log()
                 out[at] = torch.bmm(prob, v_)
-        out.masked_fill_(blind[..., None], 0)
-        lse.masked_fill_(blind, float("-inf"))
+        # Not in place: under torch.compile of torch 2.11 an output that aliases a tensor made here
+        # (a write in place, a `to` that changes nothing) gets gradient 0.
+        out = out.masked_fill(blind[..., None], 0)
+        lse = lse.masked_fill(blind, float("-inf"))
         ctx.save_for_backward(q, k, v, bias, row, column, out, blind)
         ctx.scale = scale
         return out, lse

@@ -33,7 +33,7 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 
 def _weights(lse_a: Tensor, lse_b: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     lse = lse.masked_fill(lse == float("-inf"), 0)  # both empty: exp(-inf - 0) = 0
-    return (lse_a - lse).exp_().unsqueeze(-1), (lse_b - lse).exp_().unsqueeze(-1)
+    return (lse_a - lse).exp().unsqueeze(-1), (lse_b - lse).exp().unsqueeze(-1)
 
 
 class _Merge(torch.autograd.Function):
@@ -43,7 +43,11 @@ class _Merge(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         lse = torch.logaddexp(lse_a, lse_b)
         weight_a, weight_b = _weights(lse_a, lse_b, lse)  # [B, H, S, 1]
-        out = (out_a * weight_a).add_(out_b * weight_b).to(out_a.dtype)
+        out = out_a * weight_a + out_b * weight_b
+        # Under torch.compile of torch 2.11 an output that aliases a tensor made here (a write in
+        # place, a `to` that changes nothing) gets gradient 0.
+        if out.dtype != out_a.dtype:
+            out = out.to(out_a.dtype)
         ctx.save_for_backward(out_a, lse_a, out_b, lse_b, out, lse)
         return out, lse
 
