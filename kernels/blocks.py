@@ -22,6 +22,7 @@ class Blocks:
         kv_offsets: [Nk + 1], first token of each kv block.
         q_block_size: tokens of the largest q block.
         kv_block_size: tokens of the largest kv block.
+        is_uniform: on both sides every block but the last holds block_size tokens.
     """
 
     kv_num_blocks: Tensor
@@ -32,6 +33,7 @@ class Blocks:
     kv_offsets: Tensor
     q_block_size: int
     kv_block_size: int
+    is_uniform: bool = False
 
     @classmethod
     def from_selected(
@@ -41,6 +43,7 @@ class Blocks:
         kv_offsets: Tensor,
         q_block_size: int,
         kv_block_size: int,
+        is_uniform: bool = False,
     ) -> "Blocks":
         """Build both lists from selected, bool [B, H, Nq, Nk]; deterministic, no sync."""
         expected = (q_offsets.numel() - 1, kv_offsets.numel() - 1)
@@ -60,6 +63,7 @@ class Blocks:
             kv_offsets=kv_offsets.to(torch.int32).contiguous(),
             q_block_size=q_block_size,
             kv_block_size=kv_block_size,
+            is_uniform=is_uniform,
         )
 
     def selected(self) -> Tensor:

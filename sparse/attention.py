@@ -1,20 +1,24 @@
 """The attention modules that a processor calls: sparse, and the dense one beside it."""
 
+import logging
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.kernels.block_sparse_attention.op import block_sparse_attention, check_support
+from gossamer.kernels.block_sparse_attention.op import block_sparse_attention, choose_backend
 from gossamer.kernels.blocks import Blocks
 from gossamer.kernels.dense_attention.op import dense_attention
 from gossamer.sparse.layout import BlockLayout, Layout, TokenGrid
 from gossamer.sparse.mask import BlockMask, BlockScores, keep_text
 from gossamer.sparse.policies import Hybrid
 
-Backend = Literal["auto", "reference", "triton"]
+Backend = Literal["auto", "reference", "triton", "hopper"]
+
+logger = logging.getLogger(__name__)
 
 
 class MaskEstimator(Protocol):
@@ -81,28 +85,45 @@ class SparseAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         """Return attention of q, k, v [B, H, S, D], in block order, under the mask."""
-        backend = resolve_backend(self.backend, q.device)
+        backend = _backend(self.backend, q, mask)
+        if not torch.compiler.is_compiling():
+            _say(backend, tuple(q.shape[1:]), q.dtype)
         out, lse = block_sparse_attention(q, k, v, mask.blocks, backend=backend)
         return self.compensation(q, k, v, mask.blocks, out, lse)
 
 
 def check_backend(
     method: SparseMethod, *, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Raise ValueError when the method's backend cannot run such tensors on the device."""
+) -> str:
+    """Return the backend that the method takes for such tensors in blocks of one size.
+
+    Raises:
+        ValueError: if the method names a backend that cannot run them.
+    """
     q_block, kv_block = method.layout.block_shape
-    check_support(
-        resolve_backend(method.backend, device),
+    return choose_backend(
+        method.backend,
         head_dim=head_dim,
         dtype=dtype,
         device=device,
         q_block_size=q_block,
         kv_block_size=kv_block,
+        is_uniform=True,
     )
 
 
-def resolve_backend(backend: Backend, device: torch.device) -> Literal["reference", "triton"]:
-    """Return the backend that `auto` means on the device: triton on CUDA, reference on CPU."""
-    if backend != "auto":
-        return backend
-    return "triton" if device.type == "cuda" else "reference"
+def _backend(name: str, q: Tensor, mask: BlockMask) -> str:
+    return choose_backend(
+        name,
+        head_dim=q.shape[-1],
+        dtype=q.dtype,
+        device=q.device,
+        q_block_size=mask.q_layout.block_size,
+        kv_block_size=mask.kv_layout.block_size,
+        is_uniform=mask.q_layout.is_uniform and mask.kv_layout.is_uniform,
+    )
+
+
+@cache
+def _say(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    logger.info("sparse attention of %s %s: backend %s", list(shape), dtype, backend)

@@ -46,6 +46,7 @@ class BlockLayout:
     block_size: int  # tokens of the largest block
     order: Tensor | None = None  # int64 [S]
     text: Tensor | None = None  # bool [N]
+    is_uniform: bool = False  # every block but the last holds block_size tokens
 
     @property
     def num_blocks(self) -> int:
@@ -73,7 +74,11 @@ class BlockLayout:
             return None if x is None else x.to(device)
 
         return BlockLayout(
-            self.offsets.to(device), self.block_size, move(self.order), move(self.text)
+            self.offsets.to(device),
+            self.block_size,
+            move(self.order),
+            move(self.text),
+            self.is_uniform,
         )
 
 
@@ -164,7 +169,13 @@ def _with_text(grid: TokenGrid, video_order: Tensor, sizes: Tensor, block: int) 
     text[len(before) : len(before) + len(sizes)] = False
     identity = torch.equal(order, torch.arange(grid.num_tokens))
     has_text = bool(text.any())
-    return BlockLayout(offsets, block, None if identity else order, text if has_text else None)
+    return BlockLayout(
+        offsets,
+        block,
+        None if identity else order,
+        text if has_text else None,
+        is_uniform=bool((all_sizes[:-1] == block).all()),
+    )
 
 
 def _run_sizes(tokens: int, block: int) -> Tensor:

@@ -49,6 +49,7 @@ class BlockMask:
             self.kv_layout.offsets,
             self.q_layout.block_size,
             self.kv_layout.block_size,
+            is_uniform=self.q_layout.is_uniform and self.kv_layout.is_uniform,
         )
 
 

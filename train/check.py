@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from gossamer.sparse.attach import family_of, method_from_spec
-from gossamer.sparse.attention import SparseMethod, check_backend, resolve_backend
+from gossamer.sparse.attention import SparseMethod, check_backend
 from gossamer.sparse.layout import TokenGrid
 from gossamer.train.calibration import CALIBRATION
 from gossamer.train.codec import Codec
@@ -228,12 +228,12 @@ def _check_sparsity(
         )
     head_dim = int(model.config.attention_head_dim)  # type: ignore[arg-type]
     try:
-        check_backend(method, head_dim=head_dim, dtype=dtype, device=device)
+        backend = check_backend(method, head_dim=head_dim, dtype=dtype, device=device)
     except ValueError as error:
         raise Refusal("backend", cfg.backend, "a backend that can run this", str(error)) from error
     q_block, kv_block = method.layout.block_shape
     return {
-        "backend": resolve_backend(cfg.backend, device),
+        "backend": backend,
         "blocks": f"{q_layout.num_blocks} x {kv_layout.num_blocks} of {q_block} x {kv_block}",
         "sparsity": cfg.sparsity,
     }

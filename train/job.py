@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from gossamer.sparse.attach import attach, method_from_spec
-from gossamer.sparse.attention import resolve_backend
 from gossamer.train import checkpoint, loop
 from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
 from gossamer.train.check import preflight
@@ -202,8 +201,7 @@ def run(cfg: DictConfig, stages: list[str] | None = None) -> dict[str, Any]:
             save_config(cfg, job.run_dir / CONFIG)
 
         on_main(open_run_dir, job.accelerator)
-        backend = resolve_backend(cfg.backend, job.device)
-        job.log("device %s, attention backend %s, run %s", job.device, backend, job.run_dir)
+        job.log("device %s, attention backend %s, run %s", job.device, cfg.backend, job.run_dir)
         for stage in (s for s in table if s in todo):
             work = partial(table[stage], job)
             if stage in everyone:

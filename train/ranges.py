@@ -15,7 +15,7 @@ STAGES = ("encode", "calibrate", "train", "evaluate", "export", "report")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
-    "backend": ("auto", "reference", "triton"),
+    "backend": ("auto", "reference", "triton", "hopper"),
     "resume": ("auto", "force", "never"),
     "calibration.budgets": ("per_head", "policy"),
     "data.condition": ("none", "first_frame"),

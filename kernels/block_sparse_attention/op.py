@@ -6,6 +6,7 @@ from torch import Tensor
 from ..blocks import Blocks
 from ..check import check_attention
 
+BACKENDS = ("reference", "triton", "hopper")
 _TRITON_HEAD_DIMS = (16, 32, 64, 128)
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TRITON_MAX_BLOCK = 128
@@ -30,29 +31,34 @@ def block_sparse_attention(
         k: [B, H, Sk, D], of q's dtype and device; v has its shape.
         blocks: the selected kv blocks of each q block; on a GPU its offsets are taken on trust.
         scale: factor on q k^T; 1 / sqrt(D) if left out.
-        backend: "reference" (plain PyTorch, any device) or "triton"; see `check_support`.
+        backend: "reference" (plain PyTorch, any device), "triton", "hopper" (H100 and H200) or
+            "auto", the fastest of them for these inputs; see `choose_backend`.
 
     Raises:
         ValueError: naming field, value, allowed values and the fix, before any work.
     """
     scale = check_attention(q, k, v, blocks, scale)
-    check_support(
+    backend = choose_backend(
         backend,
         head_dim=q.shape[-1],
         dtype=q.dtype,
         device=q.device,
         q_block_size=blocks.q_block_size,
         kv_block_size=blocks.kv_block_size,
+        is_uniform=blocks.is_uniform,
     )
     match backend:
         case "reference":
-            from .reference import forward
-        case "triton":
-            from .triton import forward
-    return forward(q, k, v, blocks, scale)
+            from . import reference
+
+            return reference.forward(q, k, v, blocks, scale)
+        case _:
+            from . import operator
+
+            return operator.forward(q, k, v, blocks, scale, backend)
 
 
-def check_support(
+def choose_backend(
     backend: str,
     *,
     head_dim: int,
@@ -60,25 +66,76 @@ def check_support(
     device: torch.device | str,
     q_block_size: int,
     kv_block_size: int,
-) -> None:
-    """Raise ValueError if the backend cannot run such inputs; needs no tensor, loads no kernel."""
-    if backend not in ("reference", "triton"):
+    is_uniform: bool,
+) -> str:
+    """Return the backend that runs such inputs: the named one, or for "auto" the fastest.
+
+    "auto" is hopper where the GPU and the shapes allow it, else triton on CUDA, and reference on a
+    CPU. Needs no tensor.
+
+    Raises:
+        ValueError: if the named backend cannot run them; it is never replaced by another.
+    """
+    device = torch.device(device)
+    sizes = (("q_block_size", q_block_size), ("kv_block_size", kv_block_size))
+    if backend not in ("auto", *BACKENDS):
         raise ValueError(
-            f"backend must be 'reference' or 'triton', got {backend!r}; "
-            "use 'reference' on a CPU and 'triton' on a GPU"
+            f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}; use 'auto'"
         )
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise ValueError(
             f"dtype must be float32, float16, bfloat16 or float64 ('reference' only), got {dtype}; "
             "convert q, k and v"
         )
+    if backend == "auto" and device.type != "cuda":
+        return "reference"
+    if backend in ("auto", "hopper"):
+        why_not = _why_not_hopper(head_dim, dtype, device, sizes, is_uniform)
+        if not why_not:
+            return "hopper"
+        if backend == "hopper":
+            raise ValueError(f"{why_not} for backend 'hopper'; use backend='triton' or 'auto'")
+        backend = "triton"
     if backend == "triton":
-        _check_triton_shapes(head_dim, dtype, q_block_size, kv_block_size)
-        _check_triton_device(torch.device(device), dtype)
+        _check_triton_shapes(head_dim, dtype, sizes)
+        _check_triton_device(device, dtype)
+    return backend
+
+
+def _why_not_hopper(
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    sizes: tuple[tuple[str, int], ...],
+    is_uniform: bool,
+) -> str:
+    """Return why the hopper backend cannot run such inputs, or an empty string if it can."""
+    if head_dim not in (64, 128):
+        return f"head dim must be 64 or 128, got {head_dim},"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype must be float16 or bfloat16, got {dtype},"
+    for name, size in sizes:
+        if size not in (64, 128):
+            return f"{name} must be 64 or 128 tokens, got {size},"
+    if not is_uniform:
+        return "blocks must all be full but the last (is_uniform), got blocks of several sizes,"
+    return _why_no_hopper_device(device)
+
+
+# torch.compile runs it once, while tracing.
+@torch.compiler.assume_constant_result
+def _why_no_hopper_device(device: torch.device) -> str:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return f"device must be an H100, H200 or other GPU of capability 9.0, got {device},"
+    import triton
+
+    if triton.__version__.split(".")[:2] != ["3", "6"]:  # its language, Gluon, changes
+        return f"Triton must be 3.6, got {triton.__version__},"
+    return ""
 
 
 def _check_triton_shapes(
-    head_dim: int, dtype: torch.dtype, q_block_size: int, kv_block_size: int
+    head_dim: int, dtype: torch.dtype, sizes: tuple[tuple[str, int], ...]
 ) -> None:
     if head_dim not in _TRITON_HEAD_DIMS:
         raise ValueError(
@@ -90,7 +147,7 @@ def _check_triton_shapes(
             f"dtype must be float32, float16 or bfloat16 for backend 'triton', got {dtype}; "
             "convert q, k and v or use backend='reference'"
         )
-    for name, size in (("q_block_size", q_block_size), ("kv_block_size", kv_block_size)):
+    for name, size in sizes:
         if not 1 <= size <= _TRITON_MAX_BLOCK:
             raise ValueError(
                 f"{name} must be 1 to {_TRITON_MAX_BLOCK} tokens for backend 'triton', got {size}; "

@@ -303,48 +303,30 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _unit_inner_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _counts(q: Tensor, blocks: Blocks) -> tuple[int, int, int, int]:
+    return q.shape[1], q.shape[2], *blocks.kv_indices.shape[2:]
 
 
-def _counts(q: Tensor, kv_indices: Tensor) -> tuple[int, int, int, int]:
-    return q.shape[1], q.shape[2], kv_indices.shape[2], kv_indices.shape[3]
-
-
-@torch.library.custom_op("gossamer::block_sparse_attention", mutates_args=())
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    q_num_blocks: Tensor,
-    q_indices: Tensor,
-    q_offsets: Tensor,
-    kv_offsets: Tensor,
-    q_block_size: int,
-    kv_block_size: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:
+    """Return out [B, H, Sq, D], strided like q, and lse [B, H, Sq], without autograd."""
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    num_q_blocks, num_kv_blocks = kv_indices.shape[2:]
+    num_q_blocks, num_kv_blocks = blocks.kv_indices.shape[2:]
     tiles = _FWD[q.element_size()]
-    query = _Side.cut(q.shape[2], num_q_blocks, q_block_size, tiles.own)
-    key = _Side.cut(k.shape[2], num_kv_blocks, kv_block_size, tiles.step)
+    query = _Side.cut(q.shape[2], num_q_blocks, blocks.q_block_size, tiles.own)
+    key = _Side.cut(k.shape[2], num_kv_blocks, blocks.kv_block_size, tiles.step)
     with _on(q.device):
         _block_sparse_attention_fwd[(num_q_blocks * query.parts, q.shape[0] * q.shape[1])](
             q, k, v, out, lse,
-            kv_num_blocks, kv_indices, q_offsets, kv_offsets,
+            blocks.kv_num_blocks, blocks.kv_indices, blocks.q_offsets, blocks.kv_offsets,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            *_counts(q, kv_indices), scale * _LOG2_E.value,
+            *_counts(q, blocks), scale * _LOG2_E.value,
             **_meta(q, query, query, key, tiles.num_stages),
         )  # fmt: skip
     return out, lse
 
 
-@torch.library.custom_op("gossamer::block_sparse_attention_backward", mutates_args=())
-def _attention_backward(
+def backward(
     grad_out: Tensor,
     grad_lse: Tensor,
     q: Tensor,
@@ -352,88 +334,36 @@ def _attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    q_num_blocks: Tensor,
-    q_indices: Tensor,
-    q_offsets: Tensor,
-    kv_offsets: Tensor,
-    q_block_size: int,
-    kv_block_size: int,
+    blocks: Blocks,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_out, grad_lse = _unit_inner_stride(grad_out), grad_lse.contiguous()
+    """Return dq, dk, dv, strided like q, k, v."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = torch.empty_like(lse)
-    num_q_blocks, num_kv_blocks = kv_indices.shape[2:]
+    num_q_blocks, num_kv_blocks = blocks.kv_indices.shape[2:]
     num_heads = q.shape[0] * q.shape[1]
     scales = (scale, scale * _LOG2_E.value)
     with _on(q.device):
         tiles = _BWD_DQ[q.element_size()]
-        query = _Side.cut(q.shape[2], num_q_blocks, q_block_size, tiles.own)
-        key = _Side.cut(k.shape[2], num_kv_blocks, kv_block_size, tiles.step)
+        query = _Side.cut(q.shape[2], num_q_blocks, blocks.q_block_size, tiles.own)
+        key = _Side.cut(k.shape[2], num_kv_blocks, blocks.kv_block_size, tiles.step)
         _block_sparse_attention_bwd_dq[(num_q_blocks * query.parts, num_heads)](
             q, k, v, out, grad_out, dq, lse, grad_lse, delta,
-            kv_num_blocks, kv_indices, q_offsets, kv_offsets,
+            blocks.kv_num_blocks, blocks.kv_indices, blocks.q_offsets, blocks.kv_offsets,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *out.stride()[:3], *grad_out.stride()[:3], *dq.stride()[:3],
-            *_counts(q, kv_indices), *scales,
+            *_counts(q, blocks), *scales,
             **_meta(q, query, query, key, tiles.num_stages),
         )  # fmt: skip
         tiles = _BWD_DKV[q.element_size()]
-        query = _Side.cut(q.shape[2], num_q_blocks, q_block_size, tiles.step)
-        key = _Side.cut(k.shape[2], num_kv_blocks, kv_block_size, tiles.own)
+        query = _Side.cut(q.shape[2], num_q_blocks, blocks.q_block_size, tiles.step)
+        key = _Side.cut(k.shape[2], num_kv_blocks, blocks.kv_block_size, tiles.own)
         _block_sparse_attention_bwd_dkv[(num_kv_blocks * key.parts, num_heads)](
             q, k, v, grad_out, dk, dv, lse, delta,
-            q_num_blocks, q_indices, q_offsets, kv_offsets,
+            blocks.q_num_blocks, blocks.q_indices, blocks.q_offsets, blocks.kv_offsets,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *grad_out.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-            *_counts(q, kv_indices), *scales,
+            *_counts(q, blocks), *scales,
             **_meta(q, key, query, key, tiles.num_stages),
         )  # fmt: skip
     return dq, dk, dv
-
-
-@_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@_attention_backward.register_fake
-def _(
-    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.q_block_size, ctx.kv_block_size, ctx.scale = inputs
-    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
-
-
-def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    sizes = (ctx.q_block_size, ctx.kv_block_size, ctx.scale)
-    dq, dk, dv = _attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *sizes)
-    return dq, dk, dv, *(None,) * 9
-
-
-_attention.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:
-    """Return out [B, H, Sq, D] and lse [B, H, Sq]; both are differentiable."""
-    q, k, v = (_unit_inner_stride(x) for x in (q, k, v))
-    return _attention(
-        q,
-        k,
-        v,
-        blocks.kv_num_blocks,
-        blocks.kv_indices,
-        blocks.q_num_blocks,
-        blocks.q_indices,
-        blocks.q_offsets,
-        blocks.kv_offsets,
-        blocks.q_block_size,
-        blocks.kv_block_size,
-        scale,
-    )

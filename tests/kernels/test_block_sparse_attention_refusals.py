@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gossamer.kernels.block_sparse_attention.op import block_sparse_attention, check_support
+from gossamer.kernels.block_sparse_attention.op import block_sparse_attention, choose_backend
 
 SUPPORTED = {
     "head_dim": 64,
@@ -15,6 +15,7 @@ SUPPORTED = {
     "device": "cpu",
     "q_block_size": 128,
     "kv_block_size": 64,
+    "is_uniform": True,
 }
 
 
@@ -69,7 +70,7 @@ def test_integer_inputs_are_refused(make_problem: Callable) -> None:
 
 
 def test_an_unknown_backend_is_refused(make_problem: Callable) -> None:
-    with pytest.raises(ValueError, match="backend must be 'reference' or 'triton', got 'cuda'"):
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got 'cuda'; use 'auto'"):
         _attend(make_problem([4], [4]), backend="cuda")
 
 
@@ -84,18 +85,39 @@ def test_an_unknown_backend_is_refused(make_problem: Callable) -> None:
         ({"dtype": torch.int32}, "dtype must be float32, float16, bfloat16 or float64"),
     ],
 )
-def test_check_support_names_what_triton_cannot_run(
+def test_choose_backend_names_what_triton_cannot_run(
     change: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        check_support("triton", **(SUPPORTED | change))
+        choose_backend("triton", **(SUPPORTED | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 32}, "head dim must be 64 or 128, got 32, for backend 'hopper'; use"),
+        ({"dtype": torch.float32}, "dtype must be float16 or bfloat16, got torch.float32"),
+        ({"q_block_size": 32}, "q_block_size must be 64 or 128 tokens, got 32"),
+        ({"is_uniform": False}, "blocks must all be full but the last"),
+        ({}, "device must be an H100, H200 or other GPU of capability 9.0, got cpu"),
+    ],
+)
+def test_choose_backend_names_what_hopper_cannot_run(
+    change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_backend("hopper", **(SUPPORTED | {"dtype": torch.bfloat16} | change))
+
+
+def test_auto_is_the_reference_on_a_cpu() -> None:
+    assert choose_backend("auto", **SUPPORTED) == "reference"
 
 
 @pytest.mark.parametrize("head_dim", [8, 48, 80, 256])
 def test_the_reference_takes_any_head_dim_block_size_and_float_type(head_dim: int) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         changes = {"head_dim": head_dim, "dtype": dtype, "q_block_size": 500}
-        check_support("reference", **(SUPPORTED | changes))
+        choose_backend("reference", **(SUPPORTED | changes))
 
 
 def test_bf16_is_refused_in_the_interpreter(
@@ -111,7 +133,7 @@ def test_triton_on_a_cpu_without_the_interpreter_is_refused(
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match=r"device must be cuda.*got cpu.*TRITON_INTERPRET=1"):
-        check_support("triton", **SUPPORTED)
+        choose_backend("triton", **SUPPORTED)
 
 
 def test_a_machine_without_triton_is_told_what_to_install(
@@ -119,4 +141,4 @@ def test_a_machine_without_triton_is_told_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "triton", None)
     with pytest.raises(ValueError, match="needs the package triton, which is not installed; pip"):
-        check_support("triton", **SUPPORTED)
+        choose_backend("triton", **SUPPORTED)

@@ -15,7 +15,7 @@ from gossamer.kernels.merge import merge
 
 def _arguments(problem, requires_grad: bool) -> tuple[object, ...]:  # type: ignore[no-untyped-def]
     tensors = (x.clone().requires_grad_(requires_grad) for x in (problem.q, problem.k, problem.v))
-    return *tensors, *vars(problem.blocks).values(), 0.25
+    return *tensors, *vars(problem.blocks).values(), 0.25, "triton"
 
 
 def test_the_operators_pass_opcheck(make_problem: Callable) -> None:
@@ -39,7 +39,7 @@ def test_fakes_keep_the_layout_of_transposed_inputs(make_problem: Callable) -> N
     )
     out, _ = block_sparse_attention(q, k, v, problem.blocks, backend="triton")
     assert out.stride() == q.stride()
-    arguments = (q, k, v, *vars(problem.blocks).values(), 0.25)
+    arguments = (q, k, v, *vars(problem.blocks).values(), 0.25, "triton")
     torch.library.opcheck(
         torch.ops.gossamer.block_sparse_attention.default, arguments, test_utils="test_faketensor"
     )
