@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gossamer.kernels.permute.op import permute, unpermute
+
 
 @dataclass(frozen=True)
 class TokenGrid:
@@ -57,17 +59,13 @@ class BlockLayout:
         """Return the true token count of each block, int64 [N]."""
         return self.offsets.diff().long()
 
-    @cached_property
-    def _inverse(self) -> Tensor | None:
-        return None if self.order is None else torch.argsort(self.order)
-
     def permute(self, x: Tensor) -> Tensor:
         """Bring x [B, H, S, D] from sequence order into block order."""
-        return x if self.order is None else x.index_select(2, self.order)
+        return permute((x,), (self.order,))[0]
 
     def unpermute(self, x: Tensor) -> Tensor:
         """Bring x [B, H, S, D] from block order back into sequence order."""
-        return x if self._inverse is None else x.index_select(2, self._inverse)
+        return unpermute((x,), (self.order,))[0]
 
     def to(self, device: torch.device) -> "BlockLayout":
         def move(x: Tensor | None) -> Tensor | None:
@@ -80,6 +78,14 @@ class BlockLayout:
             move(self.text),
             self.is_uniform,
         )
+
+
+def permute_qkv(
+    q_layout: BlockLayout, kv_layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bring q, k and v [B, H, S, D] from sequence order into block order, in one launch."""
+    q, k, v = permute((q, k, v), (q_layout.order, kv_layout.order, kv_layout.order))
+    return q, k, v
 
 
 class Layout(Protocol):
