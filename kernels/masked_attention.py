@@ -3,7 +3,8 @@
 S = scale * q k^T + bias, P = softmax of S over the keys, out = P v, and the lse of S. A bias of
 -inf hides the block. Logits and softmax are fp32 (fp64 for fp64 inputs) whatever the input type is
 and whatever autocast says. The backward recomputes P; with g and h the gradients of out and lse,
-    dS = P * (g v^T - rowsum(g * out) + h).
+    dS = P * (g v^T - rowsum(g * out) + h),
+and dbias sums dS over the tokens of each pair of blocks.
 Batch entries and heads are taken a few at a time, so that their S stays in the processor's cache.
 """
 
@@ -27,7 +28,7 @@ def masked_attention(
     A query that sees no key has out 0, lse -inf and gradient 0.
 
     Args:
-        bias: [B, H, R, C] added to the logits of each block pair; no gradient flows to it.
+        bias: [B, H, R, C] added to the logits of each block pair; differentiable as well.
         row: int64 [Sq], the row of `bias` that holds each query.
         column: int64 [Sk], the column of `bias` that holds each key.
     """
@@ -87,6 +88,13 @@ class _MaskedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, row, column, out, blind = ctx.saved_tensors
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        dbias = None
+        if ctx.needs_input_grad[3]:
+            dbias = torch.empty_like(bias)
+            in_row, in_column = (
+                (x == torch.arange(n, device=x.device)[:, None]).to(bias.dtype)  # [n, S]
+                for x, n in zip((row, column), bias.shape[2:], strict=True)
+            )
         grad_out = grad_out.to(bias.dtype).masked_fill(blind[..., None], 0)
         delta = (grad_out * out).sum(-1).sub_(grad_lse).masked_fill_(blind, 0)  # [B, H, Sq]
         with torch.autocast(q.device.type, enabled=False):
@@ -98,4 +106,6 @@ class _MaskedAttention(torch.autograd.Function):
                 grad.sub_(delta[at].unsqueeze(-1)).mul_(prob)
                 dq[at] = torch.bmm(grad, k_).mul_(ctx.scale)
                 dk[at] = torch.bmm(grad.transpose(1, 2), q_).mul_(ctx.scale)
-        return dq, dk, dv, None, None, None, None
+                if dbias is not None:
+                    dbias[at] = in_row @ grad @ in_column.T
+        return dq, dk, dv, dbias, None, None, None
