@@ -1,0 +1,167 @@
+"""Block-sparse attention in INT8 or FP8, for inference: no gradient flows through it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..block_sparse_attention.op import choose_backend
+from ..blocks import Blocks
+from ..check import check_attention, check_offsets
+from .quantized import Quantized
+
+BACKENDS = ("reference", "triton")
+_TRITON_HEAD_DIMS = (64, 128)
+_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def quantized_block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Blocks,
+    *,
+    scale: float | None = None,
+    qk: str = "int8",
+    pv: str = "fp8",
+    backend: str = "reference",
+) -> tuple[Tensor, Tensor]:
+    """Return out [B, H, Sq, D] in q's dtype and lse [B, H, Sq], fp32, a natural logarithm.
+
+    Both are those of block_sparse_attention but for rounding: the lse includes what smoothing took
+    from the logits, so the parts of a merge may mix both ops. A query whose block selects nothing
+    has out 0 and lse -inf. Where k and v serve several calls, use `quantize` and
+    `attend_quantized`.
+
+    Args:
+        q: [B, H, Sq, D], float16 or bfloat16.
+        k: [B, H, Sk, D], of q's dtype and device; v has its shape.
+        blocks: the selected kv blocks of each q block; on a GPU its offsets are taken on trust.
+        scale: factor on q k^T; 1 / sqrt(D) if left out.
+        qk: "int8" or "fp8" (e4m3), how queries and keys are rounded; int8 is 3 times as exact.
+        pv: "fp8", or "none" to leave the values and their weights in 16 bits.
+        backend: "reference" (plain PyTorch, any device), "triton" (head dim 64 or 128) or "auto",
+            triton on CUDA where the head dim allows it.
+
+    Raises:
+        ValueError: naming field, value, allowed values and the fix, before any work.
+    """
+    scale = check_attention(q, k, v, blocks, scale)
+    _check_inputs(q, k, v)
+    backend = _choose_backend(backend, q, blocks)
+    return attend_quantized(
+        q,
+        quantize(k, v, blocks, qk=qk, pv=pv, backend=backend),
+        blocks,
+        scale=scale,
+        backend=backend,
+    )
+
+
+def quantize(
+    k: Tensor,
+    v: Tensor,
+    blocks: Blocks,
+    *,
+    qk: str = "int8",
+    pv: str = "fp8",
+    backend: str = "reference",
+) -> Quantized:
+    """Return k and v [B, H, Sk, D] as `attend_quantized` takes them, whatever the queries are.
+
+    The arguments and errors are those of quantized_block_sparse_attention.
+    """
+    if k.ndim != 4 or k.shape != v.shape or k.dtype != v.dtype or k.device != v.device:
+        raise ValueError(
+            "k and v must be [B, H, S, D] of one shape, dtype and device, got "
+            f"{k.dtype} {list(k.shape)} on {k.device} and {v.dtype} {list(v.shape)} on {v.device}; "
+            "convert v with .to(k)"
+        )
+    if qk not in ("int8", "fp8"):
+        raise ValueError(f"qk must be 'int8' or 'fp8', got {qk!r}; use 'int8'")
+    if pv not in ("fp8", "none"):
+        raise ValueError(f"pv must be 'fp8' or 'none', got {pv!r}; use 'fp8'")
+    check_offsets("blocks.kv_offsets", blocks.kv_offsets, k, blocks.kv_block_size)
+    _check_inputs(k, v)
+    backend = _choose_backend(backend, k, blocks)
+    if backend == "reference":
+        from .reference import quantize as run
+    else:
+        from .triton import quantize as run
+    return run(k, v, blocks, qk, pv)
+
+
+def attend_quantized(
+    q: Tensor,
+    quantized: Quantized,
+    blocks: Blocks,
+    *,
+    scale: float | None = None,
+    backend: str = "reference",
+) -> tuple[Tensor, Tensor]:
+    """Return out and lse of quantized_block_sparse_attention for keys and values made ready.
+
+    `quantized` must come from `quantize` with the same kv blocks; the selection may differ.
+    """
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    elif not (math.isfinite(scale) and scale > 0):
+        raise ValueError(
+            f"scale must be finite and > 0, got {scale}; leave it out for 1 / sqrt(head dim)"
+        )
+    _check_inputs(q)
+    check_offsets("blocks.q_offsets", blocks.q_offsets, q, blocks.q_block_size)
+    backend = _choose_backend(backend, q, blocks)
+    expected = (*q.shape[:2], blocks.kv_offsets.numel() - 1)
+    found, num_slots = quantized.k.shape, quantized.k.shape[3]
+    if (*found[:3], found[4]) != (*expected, q.shape[3]) or num_slots < blocks.kv_block_size:
+        raise ValueError(
+            f"quantized must hold {list(expected)} blocks of at least {blocks.kv_block_size} slots "
+            f"and head dim {q.shape[3]}, got {list(found)}; quantize k and v with the same blocks"
+        )
+    if quantized.k.device != q.device:
+        raise ValueError(
+            f"quantized must be on q's device {q.device}, got {quantized.k.device}; quantize there"
+        )
+    if backend == "reference":
+        from .reference import forward
+    else:
+        from .triton import forward
+    return forward(q, quantized, blocks, scale)
+
+
+def _check_inputs(*tensors: Tensor) -> None:
+    if tensors[0].dtype not in _DTYPES:
+        raise ValueError(
+            f"dtype must be float16 or bfloat16, got {tensors[0].dtype}; convert q, k and v or use "
+            "block_sparse_attention"
+        )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError(
+            "quantized attention has no gradient, but an input requires one; call it under "
+            "torch.no_grad() or use block_sparse_attention"
+        )
+
+
+def _choose_backend(backend: str, x: Tensor, blocks: Blocks) -> str:
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(
+            f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}; use 'auto'"
+        )
+    if backend == "auto":
+        fits = x.device.type == "cuda" and x.shape[-1] in _TRITON_HEAD_DIMS
+        backend = "triton" if fits else "reference"
+    if backend == "triton" and x.shape[-1] not in _TRITON_HEAD_DIMS:
+        raise ValueError(
+            f"head dim must be one of {_TRITON_HEAD_DIMS} for backend 'triton', got {x.shape[-1]}; "
+            "use backend='reference'"
+        )
+    return choose_backend(
+        backend,
+        head_dim=x.shape[-1],
+        dtype=x.dtype,
+        device=x.device,
+        q_block_size=blocks.q_block_size,
+        kv_block_size=blocks.kv_block_size,
+        is_uniform=blocks.is_uniform,
+    )
