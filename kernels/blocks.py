@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .block_lists.op import block_lists
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Blocks:
@@ -52,8 +54,7 @@ class Blocks:
                 f"selected must be bool [B, H, {expected[0]}, {expected[1]}] to match the offsets, "
                 f"got {selected.dtype} {list(selected.shape)}; build it from the same block layouts"
             )
-        kv_num_blocks, kv_indices = _lists(selected.contiguous())
-        q_num_blocks, q_indices = _lists(selected.transpose(-1, -2).contiguous())
+        kv_num_blocks, kv_indices, q_num_blocks, q_indices = block_lists(selected)
         return cls(
             kv_num_blocks=kv_num_blocks,
             kv_indices=kv_indices,
@@ -79,10 +80,3 @@ def block_of_token(offsets: Tensor, num_tokens: int) -> Tensor:
     """Return the block of each token, int64 [num_tokens], for offsets [N + 1]; no sync."""
     token = torch.arange(num_tokens, dtype=offsets.dtype, device=offsets.device)
     return torch.searchsorted(offsets[1:], token, right=True)
-
-
-def _lists(selected: Tensor) -> tuple[Tensor, Tensor]:
-    num_columns = selected.shape[-1]
-    column = torch.arange(num_columns, dtype=torch.int32, device=selected.device)
-    ordered = torch.where(selected, column, num_columns).sort(dim=-1).values  # unselected last
-    return selected.sum(-1, dtype=torch.int32), ordered.masked_fill_(ordered == num_columns, 0)

@@ -6,6 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from gossamer.kernels.block_select.op import hybrid_select
 from gossamer.sparse.mask import BlockMask, BlockScores
 
 
@@ -41,18 +42,8 @@ class Hybrid(nn.Module):
         self.k, self.p = k.to(self.k.device), p.to(self.p.device)
         return self
 
-    @torch.no_grad()
     def forward(self, scores: BlockScores) -> BlockMask:
-        score = scores.score.float()
-        num_blocks = score.shape[-1]
-        ordered, order = score.sort(dim=-1, descending=True, stable=True)  # [B, H, Nq, Nk]
-        mass_before = ordered.cumsum(-1) - ordered
-        k, p = self.k[:, None, None], self.p[:, None, None]
-        top_k = (k * num_blocks).round().clamp(1, num_blocks)
-        top_p = torch.where(p >= 1, num_blocks, (mass_before < p).sum(-1, keepdim=True))
-        rank = torch.arange(num_blocks, device=score.device)
-        keep = rank < torch.maximum(top_k, top_p)
-        selected = torch.zeros_like(keep).scatter_(-1, order, keep)
+        selected = hybrid_select(scores.score, self.k, self.p)
         return BlockMask(scores.q_layout, scores.kv_layout, selected)
 
 

@@ -14,6 +14,18 @@ def forward(x: Tensor, offsets: Tensor, block_size: int) -> Tensor:
     return _BlockMean.apply(x, offsets, block_size)
 
 
+def forward_pair(
+    x: Tensor,
+    y: Tensor,
+    x_offsets: Tensor,
+    y_offsets: Tensor,
+    x_block_size: int,
+    y_block_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the means of x and of y."""
+    return forward(x, x_offsets, x_block_size), forward(y, y_offsets, y_block_size)
+
+
 class _BlockMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, offsets: Tensor, block_size: int) -> Tensor:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from gossamer.kernels.block_pool.op import block_mean
+from gossamer.kernels.block_pool.op import block_mean_pair
+from gossamer.kernels.block_score.op import block_score
 from gossamer.sparse.layout import BlockLayout
 from gossamer.sparse.mask import BlockScores
 
@@ -16,9 +17,8 @@ class MeanPool:
         self, q: Tensor, k: Tensor, v: Tensor, q_layout: BlockLayout, kv_layout: BlockLayout
     ) -> BlockScores:
         """Return scores of q, k, v [B, H, S, D] in block order; each row sums to 1."""
-        q_mean = block_mean(q, q_layout.offsets, q_layout.block_size).float()
-        # Subtracting the mean key shifts each row of logits by a constant: only rounding changes.
-        k_mean = block_mean(k, kv_layout.offsets, kv_layout.block_size).float()
-        k_mean = k_mean - k_mean.mean(2, keepdim=True)
-        logits = q_mean @ k_mean.transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, H, Nq, Nk]
-        return BlockScores(q_layout, kv_layout, (logits + kv_layout.sizes.log()).softmax(-1))
+        q_mean, k_mean = block_mean_pair(
+            q, k, q_layout.offsets, kv_layout.offsets, q_layout.block_size, kv_layout.block_size
+        )
+        score = block_score(q_mean.float(), k_mean.float(), kv_layout.offsets)
+        return BlockScores(q_layout, kv_layout, score)

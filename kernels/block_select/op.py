@@ -1,0 +1,54 @@
+"""Selection of kv blocks by their scores within a budget."""
+
+import torch
+from torch import Tensor
+
+from ..backend import choose_backend
+
+_MAX_COLUMNS = 16384
+
+
+@torch.no_grad()
+def hybrid_select(score: Tensor, k: Tensor, p: Tensor, *, backend: str = "auto") -> Tensor:
+    """Return bool [B, H, Nq, Nk]: per row the union of Top-k and Top-p (SpargeAttention2, Eq. 9).
+
+    Both are prefixes of the row in descending order, ties to the lower block. Top-k holds the share
+    k of the Nk blocks, rounded and at least 1; Top-p ends with the block at which the mass reaches
+    p, and p >= 1 keeps all. A NaN counts as infinite, and an infinite score leaves its row to k
+    alone (and to p >= 1). No gradient, no sync, deterministic.
+
+    Args:
+        score: [B, H, Nq, Nk], floating point, >= 0; computed with in fp32.
+        k: [H] or [1], fp32, shares from 0 to 1.
+        p: [H] or [1], fp32, masses from 0 to 1.
+        backend: "auto" (triton on CUDA, else reference), "reference" or "triton" (Nk up to 16,384).
+
+    Raises:
+        ValueError: naming field, value, allowed values and the fix, before any work.
+    """
+    if score.ndim != 4 or not score.is_floating_point():
+        raise ValueError(
+            f"score must be a floating-point [B, H, Nq, Nk] tensor, got {score.dtype} "
+            f"{list(score.shape)}; take it from block_score"
+        )
+    for name, x in (("k", k), ("p", p)):
+        if x.ndim != 1 or x.numel() not in (1, score.shape[1]) or x.dtype != torch.float32:
+            raise ValueError(
+                f"{name} must be float32 of shape [1] or [{score.shape[1]}], one share a head, got "
+                f"{x.dtype} {list(x.shape)}; pass e.g. torch.full(({score.shape[1]},), 0.1)"
+            )
+        if x.device != score.device:
+            raise ValueError(
+                f"{name} must be on score's device {score.device}, got {x.device}; move it there"
+            )
+    match choose_backend(backend, score.device, score.dtype):
+        case "reference":
+            from .reference import forward
+        case "triton":
+            if score.shape[3] > _MAX_COLUMNS:
+                raise ValueError(
+                    f"Nk must be at most {_MAX_COLUMNS} for backend 'triton', got "
+                    f"{score.shape[3]}; use larger blocks or backend='reference'"
+                )
+            from .triton import forward
+    return forward(score, k, p)

@@ -1,0 +1,102 @@
+"""Hybrid selection in Triton: a program bisects one row for its threshold, in registers.
+
+A block is kept if fewer than top_k blocks, or less than the mass p, lie before it in descending
+order. Both grow as the score falls, so the smallest score kept is found by bisection over the
+floats in their order, as integers. It ends when a single block, or only blocks of equal score, lie
+between the bounds; ties are then cut by their index.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backend import define_operator, on_device
+
+_SIGN = tl.constexpr(0x7FFFFFFF)
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+_TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to the nearest even integer
+
+
+@triton.jit
+def _order_of(x):
+    """Return integers in the order of the floats x."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & _SIGN)
+
+
+@triton.jit
+def _float_of(order):
+    return (order ^ ((order >> 31) & _SIGN)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _before(score, threshold):
+    """Return how many blocks score above the threshold, and their mass; NaN if one is infinite."""
+    above = (score > threshold).to(tl.float32)
+    return tl.sum(above, 0), tl.sum(above * score, 0)
+
+
+@triton.jit(do_not_specialize=["num_heads", "num_rows", "num_columns"])
+def _hybrid_select_fwd(
+    score_ptr, k_ptr, p_ptr, selected_ptr,
+    stride_b, stride_h, stride_q, stride_k, k_stride, p_stride,
+    num_heads, num_rows, num_columns, WIDTH: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    b, h = head // num_heads, head % num_heads
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    in_row = column < num_columns
+    p = tl.load(p_ptr + h * p_stride)
+    top_k = tl.load(k_ptr + h * k_stride) * num_columns + _TO_INTEGER - _TO_INTEGER
+    top_k = tl.minimum(tl.maximum(top_k, 1.0), num_columns)
+    top_k = tl.where(p >= 1.0, num_columns, top_k)
+    ptrs = score_ptr + b * stride_b + h * stride_h + row * stride_q + column.to(tl.int64) * stride_k
+    score = tl.load(ptrs, in_row, other=_LOWEST).to(tl.float32)
+    score = tl.where(score == score, score, float("inf"))
+    highest = _order_of(tl.max(score, 0))
+    lowest = _order_of(tl.min(tl.where(in_row, score, float("inf")), 0))
+
+    # lowest <= threshold <= highest; num_above blocks score above highest, num_from from lowest on
+    num_above = 0.0
+    num_from = num_columns.to(tl.float32)
+    while (lowest < highest) & (num_from - num_above > 1.0):
+        middle = (lowest & highest) + ((lowest ^ highest) >> 1)
+        count, mass = _before(score, _float_of(middle))
+        kept = (count < top_k) | (mass < p)
+        highest = tl.where(kept, middle, highest)
+        num_above = tl.where(kept, count, num_above)
+        lowest = tl.where(kept, lowest, middle + 1)
+        num_from = tl.where(kept, num_from, count)
+
+    threshold = _float_of(lowest)
+    selected = score >= threshold
+    if num_from - num_above > 1.0:
+        count, mass = _before(score, threshold)
+        tied = score == threshold
+        rank = (tl.cumsum(tied.to(tl.int32), 0) - 1).to(tl.float32)
+        kept = (count + rank < top_k) | (mass + rank * threshold < p)
+        selected = selected & (kept | (score > threshold))
+    tl.store(selected_ptr + (head * num_rows + row) * num_columns + column, selected, in_row)
+
+
+def _forward(score: Tensor, k: Tensor, p: Tensor) -> Tensor:
+    batch, num_heads, num_rows, num_columns = score.shape
+    selected = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+    width = max(128, triton.next_power_of_2(num_columns))
+    strides = [x.stride(0) if x.numel() > 1 else 0 for x in (k, p)]
+    with on_device(score.device):
+        _hybrid_select_fwd[(num_rows, batch * num_heads)](
+            score, k, p, selected, *score.stride(), *strides,
+            num_heads, num_rows, num_columns,
+            WIDTH=width, num_warps=min(max(width // 1024, 1), 16),
+        )  # fmt: skip
+    return selected
+
+
+def _fake(score: Tensor, k: Tensor, p: Tensor) -> Tensor:
+    return score.new_empty(score.shape, dtype=torch.bool)
+
+
+forward = define_operator("hybrid_select", _forward, _fake)
