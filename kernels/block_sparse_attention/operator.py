@@ -111,7 +111,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return out [B, H, Sq, D] and lse [B, H, Sq]; both are differentiable."""
     q, k, v = (_unit_inner_stride(x) for x in (q, k, v))
-    return _attention(q, k, v, *vars(blocks).values(), scale, backend)
+    return _attention(
+        q, k, v, blocks.kv_num_blocks, blocks.kv_indices, blocks.q_num_blocks, blocks.q_indices,
+        blocks.q_offsets, blocks.kv_offsets, blocks.q_block_size, blocks.kv_block_size,
+        blocks.is_uniform, scale, backend,
+    )  # fmt: skip
 
 
 def _unit_inner_stride(x: Tensor) -> Tensor:
