@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from gossamer.kernels.block_sparse_attention.op import block_sparse_attention, choose_backend
+from gossamer.kernels.block_sparse_attention.op import choose_backend
 from gossamer.kernels.blocks import Blocks
 from gossamer.kernels.dense_attention.op import dense_attention
 from gossamer.sparse.layout import BlockLayout, Layout, TokenGrid
@@ -30,11 +30,9 @@ class MaskEstimator(Protocol):
 
 
 class Compensation(Protocol):
-    """Adds what the unselected blocks contribute to the exact part (out, lse)."""
+    """Attends exactly to the selected blocks, and in its own way to the others."""
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, out: Tensor, lse: Tensor
-    ) -> Tensor: ...
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, backend: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,7 @@ class SparseAttention(nn.Module):
         backend = _backend(self.backend, q, mask)
         if not torch.compiler.is_compiling():
             _say(backend, tuple(q.shape[1:]), q.dtype)
-        out, lse = block_sparse_attention(q, k, v, mask.blocks, backend=backend)
-        return self.compensation(q, k, v, mask.blocks, out, lse)
+        return self.compensation(q, k, v, mask.blocks, backend)
 
 
 def check_backend(

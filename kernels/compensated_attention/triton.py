@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..blocks import Blocks
 
@@ -78,9 +79,16 @@ def _tile(
     return start.to(tl.int64), tl.load(offsets_ptr + block + 1) - start
 
 
+@triton.jit
+def _load_means(means, start):
+    """Load a tile of the head's means [BLOCK_N, HEAD_DIM]; rows past the last block are 0."""
+    tile = means.load([tl.program_id(1), start, 0])
+    return tl.reshape(tile, tile.shape[1], tile.shape[2])
+
+
 @triton.jit(do_not_specialize=_RUN_TIME)
 def _centroid_fwd(
-    q_ptr, k_mean_ptr, v_mean_ptr, columns_ptr, out_ptr, lse_ptr, num_blocks_ptr, q_offsets_ptr,
+    q_ptr, k_means, v_means, columns_ptr, out_ptr, lse_ptr, num_blocks_ptr, q_offsets_ptr,
     stride_qb, stride_qh, stride_qs,
     stride_ob, stride_oh, stride_os,
     num_heads, num_q, num_q_blocks, num_kv_blocks, num_columns, scale_log2,
@@ -107,14 +115,10 @@ def _centroid_fwd(
     total = tl.where(peak == float("-inf"), 0.0, 1.0)
 
     list_row = head * num_q_blocks + q_block
-    mean = head * num_kv_blocks * HEAD_DIM + column[:, None] * HEAD_DIM + dim[None, :]
-    k_ptrs = k_mean_ptr + mean
-    v_ptrs = v_mean_ptr + mean
     columns_ptrs = columns_ptr + list_row * num_columns + column
     all_selected = tl.load(num_blocks_ptr + list_row) == num_kv_blocks
     for start in range(0, tl.where(all_selected, 0, num_kv_blocks), BLOCK_N):
-        in_tile = (start + column < num_kv_blocks)[:, None]
-        k = tl.load(k_ptrs + start * HEAD_DIM, mask=in_tile, other=0.0)
+        k = _load_means(k_means, start)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         logits = logits * scale_log2 + tl.load(columns_ptrs + start)[None, :]
         new_peak = tl.maximum(peak, tl.max(logits, 1))
@@ -124,7 +128,7 @@ def _centroid_fwd(
         decay = tl.math.exp2(peak - base)
         total = total * decay + tl.sum(prob, 1)
         acc = acc * decay[:, None]
-        v = tl.load(v_ptrs + start * HEAD_DIM, mask=in_tile, other=0.0)
+        v = _load_means(v_means, start)
         acc = tl.dot(prob.to(v.dtype), v, acc, input_precision="ieee")
         peak = new_peak
 
@@ -136,7 +140,7 @@ def _centroid_fwd(
 
 @triton.jit(do_not_specialize=_RUN_TIME)
 def _centroid_bwd_dq(
-    q_ptr, k_mean_ptr, v_mean_ptr, columns_ptr, out_ptr, grad_ptr, dq_ptr,
+    q_ptr, k_means, v_means, columns_ptr, out_ptr, grad_ptr, dq_ptr,
     lse_ptr, grad_lse_ptr, delta_ptr, dbias_ptr, num_blocks_ptr, q_offsets_ptr,
     stride_qb, stride_qh, stride_qs,
     stride_ob, stride_oh, stride_os,
@@ -170,9 +174,6 @@ def _centroid_bwd_dq(
     lse = tl.where(lse == float("-inf"), float("inf"), lse) * _LOG2_E
 
     list_row = head * num_q_blocks + q_block
-    mean = head * num_kv_blocks * HEAD_DIM + column[:, None] * HEAD_DIM + dim[None, :]
-    k_ptrs = k_mean_ptr + mean
-    v_ptrs = v_mean_ptr + mean
     columns_ptrs = columns_ptr + list_row * num_columns + column
     num_used = num_kv_blocks
     if BIAS_GRAD:
@@ -183,17 +184,17 @@ def _centroid_bwd_dq(
         num_used = tl.where(all_selected, 0, num_kv_blocks)
     dq = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     for start in range(0, num_used, BLOCK_N):
-        in_tile = start + column < num_kv_blocks
-        k = tl.load(k_ptrs + start * HEAD_DIM, mask=in_tile[:, None], other=0.0)
-        v = tl.load(v_ptrs + start * HEAD_DIM, mask=in_tile[:, None], other=0.0)
+        k = _load_means(k_means, start)
+        v = _load_means(v_means, start)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         logits = logits * scale_log2 + tl.load(columns_ptrs + start)[None, :]
         prob = tl.math.exp2(logits - lse[:, None])
         dprob = tl.dot(grad, tl.trans(v), input_precision="ieee")
         dlogits = prob * (dprob - delta[:, None])
-        dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision="ieee")
         if BIAS_GRAD:
-            tl.store(dbias_ptrs + start, tl.sum(dlogits, 0), mask=in_tile)
+            in_row = start + column < num_kv_blocks
+            tl.store(dbias_ptrs + start, tl.sum(dlogits, 0), mask=in_row)
+        dq = tl.dot(dlogits.to(k.dtype), k, dq, input_precision="ieee")
 
     dq_ptrs = dq_ptr + b * stride_dqb + h * stride_dqh + token[:, None] * stride_dqs + dim[None, :]
     dq = tl.load(dq_ptrs, mask=exists[:, None], other=0.0).to(tl.float32) + dq * scale
@@ -225,12 +226,10 @@ def _centroid_bwd_dkv(
     mean = column.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
     k = tl.load(k_mean_ptr + head * num_kv_blocks * HEAD_DIM + mean, mask=exists, other=0.0)
     v = tl.load(v_mean_ptr + head * num_kv_blocks * HEAD_DIM + mean, mask=exists, other=0.0)
-    q_ptrs = q_ptr + b * stride_qb + h * stride_qh
-    q_ptrs += row.to(tl.int64)[:, None] * stride_qs + dim[None, :]
-    grad_ptrs = grad_ptr + b * stride_gb + h * stride_gh
-    grad_ptrs += row.to(tl.int64)[:, None] * stride_gs + dim[None, :]
-    lse_ptrs = lse_ptr + head * num_q + row
-    delta_ptrs = delta_ptr + head * num_q + row
+    q_ptr += b * stride_qb + h * stride_qh
+    grad_ptr += b * stride_gb + h * stride_gh
+    lse_ptr += head * num_q
+    delta_ptr += head * num_q
     columns_ptrs = columns_ptr + head * num_q_blocks * num_columns + column
 
     first = split * q_blocks_per_split
@@ -243,11 +242,14 @@ def _centroid_bwd_dkv(
             q_offsets_ptr, num_q, q_block, i % PARTS_M, BLOCK_M, PARTS_M, UNIFORM
         )
         in_tile = row < q_rows
-        q = tl.load(q_ptrs + q_start * stride_qs, mask=in_tile[:, None], other=0.0)
-        grad = tl.load(grad_ptrs + q_start * stride_gs, mask=in_tile[:, None], other=0.0)
-        lse = tl.load(lse_ptrs + q_start, mask=in_tile, other=float("inf"))
+        token = q_start + row  # addresses are made here, not kept: registers are short
+        q_ptrs = q_ptr + token[:, None] * stride_qs + dim[None, :]
+        q = tl.load(q_ptrs, mask=in_tile[:, None], other=0.0)
+        grad_ptrs = grad_ptr + token[:, None] * stride_gs + dim[None, :]
+        grad = tl.load(grad_ptrs, mask=in_tile[:, None], other=0.0)
+        lse = tl.load(lse_ptr + token, mask=in_tile, other=float("inf"))
         lse = tl.where(lse == float("-inf"), float("inf"), lse) * _LOG2_E
-        delta = tl.load(delta_ptrs + q_start, mask=in_tile, other=0.0)
+        delta = tl.load(delta_ptr + token, mask=in_tile, other=0.0)
         logits = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
         logits += tl.load(columns_ptrs + q_block.to(tl.int64) * num_columns)[:, None]
         prob = tl.math.exp2(logits - lse[None, :])
@@ -305,6 +307,7 @@ class _Tiles(NamedTuple):
     columns: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 # By bytes per element. A tile of 64 queries or fewer takes 4 warps in _FWD and _BWD_DQ.
@@ -332,7 +335,7 @@ class _Queries(NamedTuple):
         return cls(tile, padded // tile, is_uniform)
 
 
-def _meta(q: Tensor, query: _Queries, tiles: _Tiles) -> dict[str, int]:
+def _meta(q: Tensor, query: _Queries, tiles: _Tiles) -> dict[str, Any]:
     return {
         "HEAD_DIM": q.shape[-1],
         "BLOCK_M": query.tile,
@@ -341,12 +344,20 @@ def _meta(q: Tensor, query: _Queries, tiles: _Tiles) -> dict[str, int]:
         "UNIFORM": query.is_uniform,
         "num_warps": tiles.num_warps if query.tile == tiles.rows else 4,
         "num_stages": tiles.num_stages,
+        "maxnreg": tiles.max_registers,
     }
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     # Triton launches on the current device, which need not be the tensors'.
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _described(k_mean: Tensor, v_mean: Tensor, tiles: _Tiles) -> list[TensorDescriptor]:
+    """Return the means as [B * H, Nk, D] in tiles of columns; TMA loads them where there is one."""
+    shape = (-1, *k_mean.shape[2:])
+    block = [1, tiles.columns, k_mean.shape[3]]
+    return [TensorDescriptor.from_tensor(x.view(shape), block) for x in (k_mean, v_mean)]
 
 
 def _column_logits(blocks: Blocks, bias: Tensor | None) -> Tensor:
@@ -390,7 +401,8 @@ def add_centroids(
     with _on(q.device):
         columns = _column_logits(blocks, bias)
         _centroid_fwd[(columns.shape[2] * query.parts, num_heads)](
-            q, k_mean, v_mean, columns, out, lse, blocks.kv_num_blocks, blocks.q_offsets,
+            q, *_described(k_mean, v_mean, tiles), columns, out, lse,
+            blocks.kv_num_blocks, blocks.q_offsets,
             *q.stride()[:3], *out.stride()[:3],
             *_counts(q, blocks, columns), scale * _LOG2_E.value,
             **_meta(q, query, tiles),
@@ -428,7 +440,7 @@ def add_centroid_gradients(
         query = _Queries.cut(blocks, tiles.rows)
         dbias = lse.new_empty((query.parts, *blocks.kv_indices.shape)) if bias_grad else None
         _centroid_bwd_dq[(num_q_blocks * query.parts, num_heads)](
-            q, k_mean, v_mean, columns, out, grad_out, dq, lse, grad_lse, delta,
+            q, *_described(k_mean, v_mean, tiles), columns, out, grad_out, dq, lse, grad_lse, delta,
             delta if dbias is None else dbias, blocks.kv_num_blocks, blocks.q_offsets,
             *q.stride()[:3], *out.stride()[:3], *grad_out.stride()[:3], *dq.stride()[:3],
             *counts, scale, scale_log2,

@@ -10,8 +10,7 @@ from torch import Tensor
 from gossamer.kernels.block_pool.op import block_mean
 from gossamer.kernels.block_sparse_attention.op import block_sparse_attention
 from gossamer.kernels.blocks import Blocks
-from gossamer.kernels.centroid_attention.op import centroid_attention
-from gossamer.kernels.merge import merge
+from gossamer.kernels.compensated_attention.op import compensated_attention
 
 pytestmark = pytest.mark.gpu
 LENGTHS = (1, 63, 64, 65, 127, 129, 1000)
@@ -73,7 +72,7 @@ def _compensated(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> tuple[Tenso
         blocks.q_block_size,
         blocks.kv_block_size,
     )
-    out, lse = merge(*_triton(q, k, v, blocks), *centroid_attention(q, k, v, blocks))
+    out, lse = compensated_attention(q, k, v, blocks, backend="triton")
     return out, lse + block_mean(q, blocks.q_offsets, blocks.q_block_size).mean()
 
 
