@@ -1,4 +1,7 @@
-"""Imports go one way: kernels <- sparse <- train. Nothing heavy is imported before it is needed."""
+"""Imports go one way: kernels <- sparse <- train. Nothing heavy is imported before it is needed.
+
+`benchmarks` stands on top: it times the kernels' public ops, which train must not call.
+"""
 
 import ast
 import subprocess
@@ -14,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 LAZY = {"av", "datasets", "diffusers", "matplotlib", "peft", "pyarrow", "tensorboard", "wandb"}
 FILES = [
     path.relative_to(ROOT)
-    for folder in ("kernels", "sparse", "train", "gossamer")
+    for folder in ("kernels", "sparse", "train", "benchmarks", "gossamer")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 MODULES = {
@@ -102,10 +105,29 @@ def test_train_never_imports_kernels(path: Path) -> None:
     assert not [name for name in imports(path) if name.startswith("gossamer.kernels")]
 
 
+@pytest.mark.parametrize("path", within("benchmarks"), ids=str)
+def test_benchmarks_import_public_ops_and_sparse_and_of_train_only_helpers(path: Path) -> None:
+    helpers = {"gossamer.train.files", "gossamer.train.refusal", "gossamer.train.suggest"}
+    entry = {"gossamer.train.cli"} if path.stem == "__main__" else set()
+    for name in imports(path):
+        if name.startswith("gossamer.kernels"):
+            assert name == "gossamer.kernels.blocks" or name.endswith(".op"), name
+        elif name.startswith("gossamer.train"):
+            assert name in helpers | entry, name
+        elif is_external(name):
+            assert name.partition(".")[0] in {"torch", "triton"}, name
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_only_the_command_line_imports_benchmarks(path: Path) -> None:
+    if path.parts[0] != "benchmarks" and path != Path("train/cli.py"):
+        assert not [name for name in imports(path) if name.startswith("gossamer.benchmarks")]
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_modules_of_this_package_are_imported_under_one_name(path: Path) -> None:
     tops = {name.partition(".")[0] for name in imports(path)}
-    assert not tops & {"kernels", "sparse", "train", "conf", "recipes"}
+    assert not tops & {"kernels", "sparse", "train", "benchmarks", "conf", "recipes"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -122,7 +144,7 @@ def test_folders_that_others_own_the_name_of_are_no_packages(name: str) -> None:
     assert found is None or found.origin is None
 
 
-@pytest.mark.parametrize("name", ["kernels", "sparse", "train", "conf", "recipes"])
+@pytest.mark.parametrize("name", ["kernels", "sparse", "train", "benchmarks", "conf", "recipes"])
 def test_the_facade_holds_relative_links(name: str) -> None:
     link = ROOT / "gossamer" / name
     assert link.is_symlink() and link.readlink() == Path("..") / name

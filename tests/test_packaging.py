@@ -10,7 +10,7 @@ from zipfile import ZipFile
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("gossamer", "kernels", "sparse", "train", "conf", "recipes")
+PARTS = ("gossamer", "kernels", "sparse", "train", "benchmarks", "conf", "recipes")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 # What a user does first, and what breaks when a part is missing from the installation.

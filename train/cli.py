@@ -17,6 +17,7 @@ VERBS = {
     "evaluate": "student against teacher on held-out clips",
     "report": "results to one HTML page with plots",
     "export": "student to a diffusers folder with its mask policy",
+    "bench": "time dense and sparse attention on this GPU; has keys of its own",
     "sweep": "one run per combination of a=1,2 b=x,y; then a table and a Pareto plot",
 }
 FLAGS = {
@@ -60,6 +61,11 @@ def _dispatch(arguments: list[str]) -> int:
     if "--help" in flags:
         return _show(_verb_help(verb))
     _set_up_logging()
+    if verb == "bench":
+        from gossamer.benchmarks.command import bench
+
+        words = [word for word in overrides if word.lower() != "debug=true"]
+        return bench(words, only_show="--cfg" in flags)
     if verb == "sweep":
         from gossamer.train.sweep import sweep
 
@@ -103,6 +109,10 @@ def _help() -> str:
 
 
 def _verb_help(verb: str) -> str:
+    if verb == "bench":
+        from gossamer.benchmarks.settings import usage
+
+        return f"gossamer bench: {VERBS[verb]}\n\n{usage()}"
     from gossamer.train.config import groups, recipes
 
     example = "sparsity=0.8,0.9" if verb == "sweep" else "sparsity=0.8"
