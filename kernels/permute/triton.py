@@ -43,15 +43,18 @@ def _move_rows(
     tl.store(out_ptr + target[:, None] * HEAD_DIM + dim[None, :], rows, mask=mask)
 
 
-# Lengths change from call to call; specialising on them would compile again.
-@triton.jit(do_not_specialize=["num_heads", "num_tokens0", "num_tokens1", "num_tokens2"])
+# Lengths, and the orders' strides with them, change; specialising on them would compile again.
+_RUN_TIME = [f"{name}{i}" for name in ("num_tokens", "stride_rb", "stride_rh") for i in range(3)]
+
+
+@triton.jit(do_not_specialize=[*_RUN_TIME, "num_heads"])
 def _permute(
     x0_ptr, out0_ptr, order0_ptr,
-    stride_x0b, stride_x0h, stride_x0s, stride_r0b, stride_r0h, num_tokens0,
+    stride_xb0, stride_xh0, stride_xs0, stride_rb0, stride_rh0, num_tokens0,
     x1_ptr, out1_ptr, order1_ptr,
-    stride_x1b, stride_x1h, stride_x1s, stride_r1b, stride_r1h, num_tokens1,
+    stride_xb1, stride_xh1, stride_xs1, stride_rb1, stride_rh1, num_tokens1,
     x2_ptr, out2_ptr, order2_ptr,
-    stride_x2b, stride_x2h, stride_x2s, stride_r2b, stride_r2h, num_tokens2,
+    stride_xb2, stride_xh2, stride_xs2, stride_rb2, stride_rh2, num_tokens2,
     num_heads,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, INVERSE: tl.constexpr,
     NUM: tl.constexpr,
@@ -60,19 +63,19 @@ def _permute(
     if which == 0:
         _move_rows(
             x0_ptr, out0_ptr, order0_ptr,
-            stride_x0b, stride_x0h, stride_x0s, stride_r0b, stride_r0h, num_heads, num_tokens0,
+            stride_xb0, stride_xh0, stride_xs0, stride_rb0, stride_rh0, num_heads, num_tokens0,
             HEAD_DIM, PADDED_DIM, ROWS, INVERSE,
         )  # fmt: skip
     if NUM > 1 and which == 1:
         _move_rows(
             x1_ptr, out1_ptr, order1_ptr,
-            stride_x1b, stride_x1h, stride_x1s, stride_r1b, stride_r1h, num_heads, num_tokens1,
+            stride_xb1, stride_xh1, stride_xs1, stride_rb1, stride_rh1, num_heads, num_tokens1,
             HEAD_DIM, PADDED_DIM, ROWS, INVERSE,
         )  # fmt: skip
     if NUM > 2 and which == 2:
         _move_rows(
             x2_ptr, out2_ptr, order2_ptr,
-            stride_x2b, stride_x2h, stride_x2s, stride_r2b, stride_r2h, num_heads, num_tokens2,
+            stride_xb2, stride_xh2, stride_xs2, stride_rb2, stride_rh2, num_heads, num_tokens2,
             HEAD_DIM, PADDED_DIM, ROWS, INVERSE,
         )  # fmt: skip
 

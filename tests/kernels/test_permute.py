@@ -163,3 +163,27 @@ def test_wrong_arguments_are_refused(change: dict, message: str) -> None:
     arguments |= change
     with pytest.raises(ValueError, match=message):
         permute(**arguments)
+
+
+@pytest.mark.gpu
+def test_no_sync_and_no_recompilation() -> None:
+    from gossamer.kernels.permute import triton as kernels
+
+    def run(num_tokens: int) -> None:
+        x = _like_wan(2, 3, num_tokens, 64, device="cuda").bfloat16()
+        order = torch.arange(num_tokens, device="cuda").flip(0).repeat(2, 3, 1)
+        y, z = permute((x, x), (order, order[0, 0]))
+        unpermute((y, z), (order, order[0, 0]))
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for cache in kernels._permute.device_caches.values())
+
+    run(512)
+    before = compiled()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for num_tokens in (333, 1000, 1):
+            run(num_tokens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert compiled() == before
