@@ -6,12 +6,13 @@ wgmma. Programs stay resident and draw their next tile from a counter, so rows o
 balance. TMA fills rows past the end of the sequence with 0 and drops them on the way out.
 
 Written for Triton 3.6, whose compiler asks for three habits:
-- The exponentials would sink below the next wgmma wait, and nothing would overlap. So the wait takes
-  the fp32 P as a dependency, and an mbarrier wait (the end of a basic block) stands before it.
+- The exponentials would sink below the next wgmma wait, and nothing would overlap. So the wait
+  takes the fp32 P as a dependency, and an mbarrier wait (a basic block ends) stands before it.
 - A name assigned from another before a loop and again inside it must be copied with `+ 0`.
 - wgmma tokens other than the accumulator must not cross the back edge of a loop.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -162,19 +163,19 @@ def _fwd_producer(
 
 @gluon.jit
 def _fwd_consumer(
-    arguments, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr, STEP: gl.constexpr,
-    HEAD_DIM: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    arguments, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr,
+    STEP: gl.constexpr, HEAD_DIM: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     (
         out_desc, lse_ptr, q_s, k_s, v_s, out_s, box_s, q_full, q_free, k_full, k_free, v_full,
         v_free, turn, num_heads, num_own, num_own_blocks, num_tiles, scale_log2,
     ) = arguments  # fmt: skip
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     dtype: gl.constexpr = out_desc.dtype
-    half = gl.arange(0, STEP, layout=gl.SliceLayout(0, S)) // BLOCK_KV
-    column = gl.arange(0, STEP, layout=gl.SliceLayout(0, S)) % BLOCK_KV
+    half = gl.arange(0, STEP, layout=gl.SliceLayout(0, LOGITS)) // BLOCK_KV
+    column = gl.arange(0, STEP, layout=gl.SliceLayout(0, LOGITS)) % BLOCK_KV
     q = q_s.index(GROUP).reshape([64, HEAD_DIM])
     stage = 0
     phase = 0
@@ -186,12 +187,12 @@ def _fwd_consumer(
         count = _receive(box_s.index(1))
         last_rows = _receive(box_s.index(2))
         steps = _num_steps(count, last_rows, STEP, BLOCK_KV)
-        acc = gl.zeros([64, HEAD_DIM], gl.float32, O)
+        acc = gl.zeros([64, HEAD_DIM], gl.float32, ACC)
         # The lists are walked from their end: only the first tile can hold rows that are not there.
         mbarrier.wait(k_full.index(stage), phase)
         if GROUPS == 2:
             mbarrier.wait(turn.index(GROUP), turns & 1)
-        zero = gl.zeros([64, STEP], gl.float32, S)
+        zero = gl.zeros([64, STEP], gl.float32, LOGITS)
         k = k_s.index(stage).reshape([STEP, HEAD_DIM]).permute((1, 0))
         token = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
         if GROUPS == 2:
@@ -212,7 +213,7 @@ def _fwd_consumer(
         base = gl.where(peak == float("-inf"), 0.0, peak)  # no key at all
         prob32 = gl.exp2(s * scale_log2 - base[:, None])
         total = gl.sum(prob32, axis=1)
-        prob = gl.convert_layout(prob32.to(dtype), P)
+        prob = gl.convert_layout(prob32.to(dtype), OPERAND)
         next_stage, next_phase = _next(stage, phase, STAGES)
         mbarrier.wait(k_full.index(next_stage), next_phase, pred=steps > 1)
         for i in range(1, steps):
@@ -222,7 +223,7 @@ def _fwd_consumer(
             phase = next_phase
             if GROUPS == 2:
                 mbarrier.wait(turn.index(GROUP), turns & 1)
-            zero = gl.zeros([64, STEP], gl.float32, S)
+            zero = gl.zeros([64, STEP], gl.float32, LOGITS)
             k = k_s.index(stage).reshape([STEP, HEAD_DIM]).permute((1, 0))
             token = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(v_stage), v_phase)
@@ -244,8 +245,8 @@ def _fwd_consumer(
                 0, deps=[acc_token, prob, prob32, total, decay]
             )
             mbarrier.arrive(v_free.index(v_stage), count=1)
-            prob = gl.convert_layout(prob32.to(dtype), P)
-            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, O))[:, None]
+            prob = gl.convert_layout(prob32.to(dtype), OPERAND)
+            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, ACC))[:, None]
         if GROUPS == 2:
             mbarrier.arrive(q_free, count=1)
         mbarrier.wait(v_full.index(stage), phase)
@@ -256,10 +257,10 @@ def _fwd_consumer(
         stage, phase = _next(stage, phase, STAGES)
 
         total = gl.where(total == 0.0, 1.0, total)  # no key: out 0, and lse = peak = -inf
-        acc = acc / gl.convert_layout(total, gl.SliceLayout(1, O))[:, None]
+        acc = acc / gl.convert_layout(total, gl.SliceLayout(1, ACC))[:, None]
         head = tile // num_own_blocks
         start = tile % num_own_blocks * BLOCK_Q + GROUP * 64
-        row = start + gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+        row = start + gl.arange(0, 64, layout=gl.SliceLayout(1, LOGITS))
         lse = (peak + gl.log2(total)) * _LN_2
         gl.store(lse_ptr + head.to(gl.int64) * num_own + row, lse, mask=row < num_own)
         tma.store_wait(0)
@@ -415,12 +416,12 @@ def _dq_consumer(
         dq_desc, row_ptr, q_s, grad_s, k_s, v_s, box_s, q_full, q_free, full, free, num_heads,
         num_own, num_own_blocks, num_tiles, scale,
     ) = arguments  # fmt: skip
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     dtype: gl.constexpr = dq_desc.dtype
     scale_log2 = scale * _LOG2_E
-    row = gl.arange(0, 64, layout=gl.SliceLayout(1, S))
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, LOGITS))
     q = q_s.index(GROUP).reshape([64, HEAD_DIM])
     grad = grad_s.index(GROUP).reshape([64, HEAD_DIM])
     stage = 0
@@ -436,12 +437,12 @@ def _dq_consumer(
         inside = start < num_own
         lse = gl.load(row_ptr + rows * 128 + row, mask=inside, other=0.0)
         delta = gl.load(row_ptr + rows * 128 + 64 + row, mask=inside, other=0.0)
-        dq = gl.zeros([64, HEAD_DIM], gl.float32, O)
+        dq = gl.zeros([64, HEAD_DIM], gl.float32, ACC)
         for _ in range(steps):
             mbarrier.wait(full.index(stage), phase)
             k = k_s.index(stage).reshape([64, HEAD_DIM])
             v = v_s.index(stage).reshape([64, HEAD_DIM])
-            zero = gl.zeros([64, 64], gl.float32, S)
+            zero = gl.zeros([64, 64], gl.float32, LOGITS)
             s_token = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
             dp_token = warpgroup_mma(grad, v.permute((1, 0)), zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s_token])
@@ -450,7 +451,7 @@ def _dq_consumer(
             mbarrier.wait(full.index(stage), phase)
             dp, prob = warpgroup_mma_wait(0, deps=[dp_token, prob])
             ds = prob * (dp - delta[:, None])
-            dq_token = warpgroup_mma(gl.convert_layout(ds.to(dtype), A), k, dq, is_async=True)
+            dq_token = warpgroup_mma(gl.convert_layout(ds.to(dtype), OPERAND), k, dq, is_async=True)
             dq = warpgroup_mma_wait(0, deps=[dq_token])
             mbarrier.arrive(free.index(stage), count=1)
             stage, phase = _next(stage, phase, STAGES)
@@ -572,10 +573,10 @@ def _dkv_consumer(
         dk_desc, dv_desc, q_s, grad_s, row_s, k_s, v_s, box_s, kv_full, kv_free, full, free,
         num_heads, num_own_blocks, num_tiles, scale,
     ) = arguments  # fmt: skip
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    A: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    C: gl.constexpr = gl.SliceLayout(0, S)
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    COLUMN: gl.constexpr = gl.SliceLayout(0, LOGITS)
     dtype: gl.constexpr = dk_desc.dtype
     scale_log2 = scale * _LOG2_E
     k = k_s.index(GROUP).reshape([64, HEAD_DIM])
@@ -587,26 +588,28 @@ def _dkv_consumer(
     tile = _receive(box_s.index(0))
     while tile < num_tiles:
         steps = _receive(box_s.index(1))
-        dk = gl.zeros([64, HEAD_DIM], gl.float32, O)
-        dv = gl.zeros([64, HEAD_DIM], gl.float32, O)
+        dk = gl.zeros([64, HEAD_DIM], gl.float32, ACC)
+        dv = gl.zeros([64, HEAD_DIM], gl.float32, ACC)
         for _ in range(steps):
             mbarrier.wait(full.index(stage), phase)
             q = q_s.index(stage).reshape([64, HEAD_DIM])
             grad = grad_s.index(stage).reshape([64, HEAD_DIM])
             row = row_s.index(stage).reshape([128])
-            zero = gl.zeros([64, 64], gl.float32, S)
+            zero = gl.zeros([64, 64], gl.float32, LOGITS)
             s_token = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
             dp_token = warpgroup_mma(v, grad.permute((1, 0)), zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s_token])
-            lse = row.slice(0, 64).load(C)
-            # Rows of 0 past the end: dO = 0 and D = 0, so whatever P is, they add 0, unless it is inf.
+            lse = row.slice(0, 64).load(COLUMN)
+            # Rows of 0 past the end add 0 whatever P is, unless it is inf.
             prob = gl.exp2(gl.minimum(s * scale_log2 - lse[None, :], 0.0))
             mbarrier.wait(full.index(stage), phase)
             dp, prob = warpgroup_mma_wait(0, deps=[dp_token, prob])
-            dv_token = warpgroup_mma(gl.convert_layout(prob.to(dtype), A), grad, dv, is_async=True)
-            delta = row.slice(64, 64).load(C)
+            dv_token = warpgroup_mma(
+                gl.convert_layout(prob.to(dtype), OPERAND), grad, dv, is_async=True
+            )
+            delta = row.slice(64, 64).load(COLUMN)
             ds = prob * (dp - delta[None, :])
-            dk_token = warpgroup_mma(gl.convert_layout(ds.to(dtype), A), q, dk, is_async=True)
+            dk_token = warpgroup_mma(gl.convert_layout(ds.to(dtype), OPERAND), q, dk, is_async=True)
             dv, dk = warpgroup_mma_wait(0, deps=[dv_token, dk_token])
             mbarrier.arrive(free.index(stage), count=1)
             stage, phase = _next(stage, phase, STAGES)
@@ -721,7 +724,7 @@ def backward(
     rows = q.new_empty((q.shape[0] * num_heads * row_tiles, 128), dtype=torch.float32)
     counters = _counters(q, 2)
     q_blocks, kv_blocks = blocks.kv_indices.shape[2:]
-    # The longest columns first: a column that every q block selects would else end the kernel alone.
+    # Longest columns first: one that every q block selects would else end the kernel alone.
     order = blocks.q_num_blocks.flatten().argsort(descending=True, stable=True).to(torch.int32)
     with torch.cuda.device(q.device):
         _delta[(row_tiles, q.shape[0] * num_heads)](
@@ -786,8 +789,12 @@ def _tma(x: Tensor, rows: int) -> TensorDescriptor:
     # The stride along a dimension of size 1 means nothing, but must be valid.
     strides = [s if n > 1 else x.shape[3] for s, n in zip(x.stride(), x.shape, strict=True)]
     strides[3] = 1
-    layout = gl.NVMMASharedLayout.get_default_for(box, _ELEMENT[x.dtype])
-    return TensorDescriptor(x, list(x.shape), strides, box, layout)
+    return TensorDescriptor(x, list(x.shape), strides, box, _shared_layout(tuple(box), x.dtype))
+
+
+@cache
+def _shared_layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(box), _ELEMENT[dtype])
 
 
 def _tma_rows(rows: Tensor) -> TensorDescriptor:

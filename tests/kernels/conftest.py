@@ -83,6 +83,7 @@ def make_blocks(device: str) -> Callable[..., Blocks]:
             _offsets(kv_sizes).to(device),
             max(q_sizes),
             max(kv_sizes),
+            is_uniform=all(set(sizes[:-1]) <= {max(sizes)} for sizes in (q_sizes, kv_sizes)),
         )
 
     return make
