@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..block_pool.op import block_mean
+from ..block_pool.op import block_mean_pair
 from ..block_sparse_attention.operator import _kernels, _record, _unit_inner_stride
 from ..blocks import Blocks
 
@@ -119,8 +119,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return out [B, H, Sq, D] and lse [B, H, Sq]; both are differentiable."""
     q, k, v = (_unit_inner_stride(x) for x in (q, k, v))
-    # The operator's dk and dv hold the gradient through the means.
-    means = (
-        block_mean(x.detach(), blocks.kv_offsets, blocks.kv_block_size).to(q.dtype) for x in (k, v)
+    # The means enter without a graph: the operator's dk and dv hold the gradient through them.
+    means = block_mean_pair(
+        k.detach(), v.detach(), *(blocks.kv_offsets,) * 2, *(blocks.kv_block_size,) * 2
     )
-    return _attention(q, k, v, *means, bias, *vars(blocks).values(), scale, backend)
+    k_mean, v_mean = (x.to(q.dtype) for x in means)
+    return _attention(
+        q, k, v, k_mean, v_mean, bias,
+        blocks.kv_num_blocks, blocks.kv_indices, blocks.q_num_blocks, blocks.q_indices,
+        blocks.q_offsets, blocks.kv_offsets, blocks.q_block_size, blocks.kv_block_size,
+        blocks.is_uniform, scale, backend,
+    )  # fmt: skip

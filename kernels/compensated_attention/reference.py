@@ -26,7 +26,7 @@ def _centroids(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, blocks: Blocks, scale: float
 ) -> tuple[Tensor, Tensor]:
     k_mean, v_mean = (
-        block_mean(x, blocks.kv_offsets, blocks.kv_block_size) for x in (k, v)
+        block_mean(x, blocks.kv_offsets, blocks.kv_block_size, backend="reference") for x in (k, v)
     )  # [B, H, Nk, D]
     logit = blocks.kv_offsets.diff().to(k_mean.dtype).log()  # -inf hides an empty block
     if bias is not None:

@@ -12,7 +12,6 @@ queries of a column are split over programs, whose fp32 parts are summed in orde
 means come in the input type; A and dA are rounded to it for their second dot.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..backend import on_device
 from ..blocks import Blocks
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -348,11 +348,6 @@ def _meta(q: Tensor, query: _Queries, tiles: _Tiles) -> dict[str, Any]:
     }
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    # Triton launches on the current device, which need not be the tensors'.
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _described(k_mean: Tensor, v_mean: Tensor, tiles: _Tiles) -> list[TensorDescriptor]:
     """Return the means as [B * H, Nk, D] in tiles of columns; TMA loads them where there is one."""
     shape = (-1, *k_mean.shape[2:])
@@ -398,7 +393,7 @@ def add_centroids(
     num_heads = q.shape[0] * q.shape[1]
     tiles = _FWD[q.element_size()]
     query = _Queries.cut(blocks, tiles.rows)
-    with _on(q.device):
+    with on_device(q.device):
         columns = _column_logits(blocks, bias)
         _centroid_fwd[(columns.shape[2] * query.parts, num_heads)](
             q, *_described(k_mean, v_mean, tiles), columns, out, lse,
@@ -433,7 +428,7 @@ def add_centroid_gradients(
     num_q_blocks, num_kv_blocks = blocks.kv_indices.shape[2:]
     delta = torch.empty_like(lse)
     scale_log2 = scale * _LOG2_E.value
-    with _on(q.device):
+    with on_device(q.device):
         columns = _column_logits(blocks, bias)
         counts = _counts(q, blocks, columns)
         tiles = _BWD_DQ[q.element_size()]
