@@ -1,6 +1,7 @@
 """Compensated attention: the reference against one softmax written out, Triton against fp64."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -175,6 +176,13 @@ def test_logits_of_a_thousand_do_not_overflow(
     assert_as_accurate(actual, plain, exact, 2**-16)  # fp32 holds an lse of 1000 to 2**-14
 
 
+def test_uniform_blocks_need_no_offsets(make_problem: Callable) -> None:
+    problem = make_problem([16, 16, 7], [16, 16, 16, 1], batch=2)
+    uniform = replace(problem, blocks=replace(problem.blocks, is_uniform=True))
+    plain, same = (p.run(_triton, torch.float32) for p in (problem, uniform))
+    assert all(torch.equal(plain[name], same[name]) for name in plain)
+
+
 def test_few_programs_give_the_gradients_of_many(
     make_problem: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,3 +219,51 @@ def test_wrong_arguments_are_refused(
     problem = make_problem([4], [4])
     with pytest.raises(ValueError, match=message):
         compensated_attention(problem.q, problem.k, problem.v, problem.blocks, **extra)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("q_size", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_triton_is_as_accurate_in_bf16_at_every_length(
+    make_problem: Callable, assert_as_accurate: Callable, head_dim: int, q_size: int
+) -> None:
+    names = EXTRAS["both"]
+    for num_tokens in (1, 63, 64, 65, 127, 129, 1000):
+        sizes = [_tiles(num_tokens, size) for size in (q_size, 64)]
+        problem = make_problem(*sizes, batch=2, head_dim=head_dim, dtype=torch.bfloat16)
+        actual, plain = (_run(problem, f, torch.bfloat16, names) for f in (_triton, _formula))
+        exact = _run(problem, _formula, torch.float64, names)
+        assert_as_accurate(actual, plain, exact, 2**-8)
+
+
+@pytest.mark.gpu
+def test_twenty_backward_runs_give_the_same_bits(make_problem: Callable) -> None:
+    sizes = _tiles(1000, 64)
+    problem = make_problem(sizes, sizes, batch=2, heads=4, head_dim=64, dtype=torch.bfloat16)
+    first = _run(problem, _triton, torch.bfloat16, EXTRAS["both"])
+    for _ in range(19):
+        again = _run(problem, _triton, torch.bfloat16, EXTRAS["both"])
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.gpu
+def test_a_new_length_or_count_compiles_nothing(make_problem: Callable) -> None:
+    from gossamer.kernels.compensated_attention import triton as kernels
+
+    def compiled() -> int:
+        names = ("_columns", "_centroid_fwd", "_centroid_bwd_dq", "_centroid_bwd_dkv", "_spread")
+        caches = (getattr(kernels, name).device_caches.values() for name in names)
+        return sum(len(cache[0]) for of_kernel in caches for cache in of_kernel)
+
+    counts = []
+    for num_tokens in (1000, 65, 129, 1999):
+        sizes = _tiles(num_tokens, 64)
+        problem = make_problem(sizes, sizes, batch=1 + num_tokens % 2, heads=3, head_dim=64)
+        problem.run(_triton, torch.bfloat16)
+        counts.append(compiled())
+    assert len(set(counts)) == 1
+
+
+def _tiles(num_tokens: int, size: int) -> list[int]:
+    full, rest = divmod(num_tokens, size)
+    return [size] * full + [rest] * (rest > 0)
