@@ -310,9 +310,9 @@ class _Tiles(NamedTuple):
     max_registers: int | None = None
 
 
-# By bytes per element. A tile of 64 queries or fewer takes 4 warps in _FWD and _BWD_DQ.
-_FWD = {2: _Tiles(128, 64, 8, 2), 4: _Tiles(32, 32, 4, 1)}
-_BWD_DQ = {2: _Tiles(64, 64, 4, 2), 4: _Tiles(32, 32, 4, 1)}
+# By bytes per element. A tile of fewer queries, of a smaller q block, takes 4 warps.
+_FWD = {2: _Tiles(128, 64, 8, 2), 4: _Tiles(32, 32, 8, 1)}
+_BWD_DQ = {2: _Tiles(64, 64, 4, 2), 4: _Tiles(32, 16, 4, 1)}
 _BWD_DKV = {2: _Tiles(64, 64, 4, 2), 4: _Tiles(32, 32, 4, 1)}
 _COLUMNS = 128  # a row of columns is padded to a multiple of it
 _SPREAD = 32
@@ -432,6 +432,8 @@ def add_centroid_gradients(
         columns = _column_logits(blocks, bias)
         counts = _counts(q, blocks, columns)
         tiles = _BWD_DQ[q.element_size()]
+        if bias_grad:  # its sum over rows would make ptxas serialise the pipelined dots
+            tiles = tiles._replace(num_stages=1)
         query = _Queries.cut(blocks, tiles.rows)
         dbias = lse.new_empty((query.parts, *blocks.kv_indices.shape)) if bias_grad else None
         _centroid_bwd_dq[(num_q_blocks * query.parts, num_heads)](
