@@ -10,8 +10,8 @@ from ..blocks import Blocks
 from ..check import check_attention, check_offsets
 from .quantized import Quantized
 
-BACKENDS = ("reference", "triton")
-_TRITON_HEAD_DIMS = (64, 128)
+BACKENDS = ("reference", "triton", "hopper")
+_HEAD_DIMS = (64, 128)
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -40,15 +40,14 @@ def quantized_block_sparse_attention(
         scale: factor on q k^T; 1 / sqrt(D) if left out.
         qk: "int8" or "fp8" (e4m3), how queries and keys are rounded; int8 is 3 times as exact.
         pv: "fp8", or "none" to leave the values and their weights in 16 bits.
-        backend: "reference" (plain PyTorch, any device), "triton" (head dim 64 or 128) or "auto",
-            triton on CUDA where the head dim allows it.
+        backend: as in `block_sparse_attention`, with head dim 64 or 128 for "triton" and pv "fp8"
+            for "hopper".
 
     Raises:
         ValueError: naming field, value, allowed values and the fix, before any work.
     """
     scale = check_attention(q, k, v, blocks, scale)
     _check_inputs(q, k, v)
-    backend = _choose_backend(backend, q, blocks)
     return attend_quantized(
         q,
         quantize(k, v, blocks, qk=qk, pv=pv, backend=backend),
@@ -83,12 +82,16 @@ def quantize(
         raise ValueError(f"pv must be 'fp8' or 'none', got {pv!r}; use 'fp8'")
     check_offsets("blocks.kv_offsets", blocks.kv_offsets, k, blocks.kv_block_size)
     _check_inputs(k, v)
-    backend = _choose_backend(backend, k, blocks)
-    if backend == "reference":
-        from .reference import quantize as run
-    else:
-        from .triton import quantize as run
-    return run(k, v, blocks, qk, pv)
+    backend = _choose_backend(backend, k, blocks, pv)
+    match backend:
+        case "reference":
+            from . import reference
+
+            return reference.quantize(k, v, blocks, qk, pv)
+        case _:
+            from . import operator
+
+            return operator.quantize(k, v, blocks, qk, pv)
 
 
 def attend_quantized(
@@ -111,7 +114,8 @@ def attend_quantized(
         )
     _check_inputs(q)
     check_offsets("blocks.q_offsets", blocks.q_offsets, q, blocks.q_block_size)
-    backend = _choose_backend(backend, q, blocks)
+    pv = "fp8" if quantized.v.dtype == torch.float8_e4m3fn else "none"
+    backend = _choose_backend(backend, q, blocks, pv)
     expected = (*q.shape[:2], blocks.kv_offsets.numel() - 1)
     found, num_slots = quantized.k.shape, quantized.k.shape[3]
     if (*found[:3], found[4]) != (*expected, q.shape[3]) or num_slots < blocks.kv_block_size:
@@ -123,11 +127,15 @@ def attend_quantized(
         raise ValueError(
             f"quantized must be on q's device {q.device}, got {quantized.k.device}; quantize there"
         )
-    if backend == "reference":
-        from .reference import forward
-    else:
-        from .triton import forward
-    return forward(q, quantized, blocks, scale)
+    match backend:
+        case "reference":
+            from . import reference
+
+            return reference.forward(q, quantized, blocks, scale)
+        case _:
+            from . import operator
+
+            return operator.forward(q, quantized, blocks, scale, backend)
 
 
 def _check_inputs(*tensors: Tensor) -> None:
@@ -143,20 +151,8 @@ def _check_inputs(*tensors: Tensor) -> None:
         )
 
 
-def _choose_backend(backend: str, x: Tensor, blocks: Blocks) -> str:
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}; use 'auto'"
-        )
-    if backend == "auto":
-        fits = x.device.type == "cuda" and x.shape[-1] in _TRITON_HEAD_DIMS
-        backend = "triton" if fits else "reference"
-    if backend == "triton" and x.shape[-1] not in _TRITON_HEAD_DIMS:
-        raise ValueError(
-            f"head dim must be one of {_TRITON_HEAD_DIMS} for backend 'triton', got {x.shape[-1]}; "
-            "use backend='reference'"
-        )
-    return choose_backend(
+def _choose_backend(backend: str, x: Tensor, blocks: Blocks, pv: str) -> str:
+    chosen = choose_backend(
         backend,
         head_dim=x.shape[-1],
         dtype=x.dtype,
@@ -165,3 +161,15 @@ def _choose_backend(backend: str, x: Tensor, blocks: Blocks) -> str:
         kv_block_size=blocks.kv_block_size,
         is_uniform=blocks.is_uniform,
     )
+    if chosen == "triton" and x.shape[-1] not in _HEAD_DIMS:
+        raise ValueError(
+            f"head dim must be one of {_HEAD_DIMS} for backend 'triton', got {x.shape[-1]}; "
+            "use backend='reference'"
+        )
+    if chosen == "hopper" and pv == "none":
+        if backend == "auto":
+            return "triton"
+        raise ValueError(
+            "pv must be 'fp8' for backend 'hopper', got 'none'; use backend='triton' or 'auto'"
+        )
+    return chosen

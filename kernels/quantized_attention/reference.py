@@ -126,7 +126,7 @@ def _round(x: Tensor, kind: str, dim: int | tuple[int, ...]) -> tuple[Tensor, Te
     limit = 127.0 if kind == "int8" else _E4M3_MAX
     scale = (x.abs().amax(dim, keepdim=True) * (1 / limit)).clamp(min=MIN_SCALE)
     scaled = x * (1 / scale)
-    rounded = torch.floor(scaled + 0.5).to(torch.int8) if kind == "int8" else _e4m3(scaled)
+    rounded = scaled.round().to(torch.int8) if kind == "int8" else _e4m3(scaled)
     return rounded, scale.squeeze(dim)
 
 

@@ -20,6 +20,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _MIN_SCALE = tl.constexpr(MIN_SCALE)
 _PEAK_EXPONENT = tl.constexpr(PEAK_EXPONENT)
+_TO_INTEGER = tl.constexpr(1.5 * 2**23)  # the sum's low bits are the rounded number
 
 _SAMPLE_PARTS = 8
 _RUN_TIME = ["num_heads", "num_q", "num_kv", "num_q_blocks", "num_kv_blocks", "sample", "step"]
@@ -61,7 +62,7 @@ def _mean(sums_ptr, sample, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr):
 def _round(x, scale, INT8: tl.constexpr):
     scaled = x * (1.0 / scale)
     if INT8:
-        return tl.floor(scaled + 0.5).to(tl.int8)
+        return (scaled + _TO_INTEGER).to(tl.int32, bitcast=True).to(tl.int8)
     else:
         return scaled.to(tl.float8e4nv)
 
@@ -249,15 +250,12 @@ def _unit_inner_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _slots(kv_block_size: int) -> int:
-    return max(32, triton.next_power_of_2(kv_block_size))
-
-
-def _empty_quantized(
+def empty_quantized(
     k: Tensor, kv_offsets: Tensor, kv_block_size: int, qk: str, pv: str
 ) -> tuple[Tensor, ...]:
+    """Allocate what `quantize` fills."""
     batch, heads, _, head_dim = k.shape
-    num_blocks, slots = kv_offsets.shape[0] - 1, _slots(kv_block_size)
+    num_blocks, slots = kv_offsets.shape[0] - 1, max(32, triton.next_power_of_2(kv_block_size))
     dtype = torch.int8 if qk == "int8" else torch.float8_e4m3fn
     k8 = k.new_empty(batch, heads, num_blocks, slots, head_dim, dtype=dtype)
     v_slots = slots if pv == "fp8" else 0
@@ -267,11 +265,12 @@ def _empty_quantized(
     return k8, k_scale, k_mean, v8, torch.empty_like(k_scale), torch.empty_like(k_mean)
 
 
-@torch.library.custom_op("gossamer::quantize_keys_values", mutates_args=())
-def _quantize_keys_values(
+def quantize(
     k: Tensor, v: Tensor, kv_offsets: Tensor, kv_block_size: int, qk: str, pv: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    results = _empty_quantized(k, kv_offsets, kv_block_size, qk, pv)
+) -> tuple[Tensor, ...]:
+    """Return the tensors of a Quantized record, its v empty where pv is "none"."""
+    k, v = _unit_inner_stride(k), _unit_inner_stride(v)
+    results = empty_quantized(k, kv_offsets, kv_block_size, qk, pv)
     batch, heads, num_kv, head_dim = k.shape
     num_blocks = kv_offsets.shape[0] - 1
     sample = min(num_kv, MAX_SAMPLE)
@@ -285,93 +284,30 @@ def _quantize_keys_values(
         _quantize[(num_blocks, batch * heads)](
             k, v, kv_offsets, sums, *results, *k.stride()[:3], *v.stride()[:3],
             heads, num_blocks, sample,
-            HEAD_DIM=head_dim, SLOTS=_slots(kv_block_size), PARTS=_SAMPLE_PARTS,
-            INT8=qk == "int8", FP8_PV=pv == "fp8",
+            HEAD_DIM=head_dim, SLOTS=results[0].shape[3], PARTS=_SAMPLE_PARTS,
+            INT8=qk == "int8", FP8_PV=pv == "fp8", num_warps=results[0].shape[3] // 16,
         )  # fmt: skip
     return results
 
 
-@_quantize_keys_values.register_fake
-def _(
-    k: Tensor, v: Tensor, kv_offsets: Tensor, kv_block_size: int, qk: str, pv: str
-) -> tuple[Tensor, ...]:
-    return _empty_quantized(k, kv_offsets, kv_block_size, qk, pv)
-
-
-@torch.library.custom_op("gossamer::quantized_attention", mutates_args=())
-def _attention(
-    q: Tensor,
-    k8: Tensor,
-    k_scale: Tensor,
-    k_mean: Tensor,
-    v: Tensor,
-    v_exponent: Tensor,
-    v_mean: Tensor,
-    kv_num_blocks: Tensor,
-    kv_indices: Tensor,
-    q_offsets: Tensor,
-    kv_offsets: Tensor,
-    q_block_size: int,
-    kv_is_even: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, quantized: Quantized, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:
+    """Return out [B, H, Sq, D], strided like q, and lse [B, H, Sq] in fp32."""
+    q, v = _unit_inner_stride(q), _unit_inner_stride(quantized.v)
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    num_q_blocks, num_kv_blocks = kv_indices.shape[2:]
-    padded = max(64, triton.next_power_of_2(q_block_size))
-    rows, slots = min(padded, _FWD.rows), k8.shape[3]
+    num_q_blocks, num_kv_blocks = blocks.kv_indices.shape[2:]
+    padded = max(64, triton.next_power_of_2(blocks.q_block_size))
+    rows, slots = min(padded, _FWD.rows), quantized.k.shape[3]
     with _on(q.device):
         _quantized_attention_fwd[(num_q_blocks * (padded // rows), q.shape[0] * q.shape[1])](
-            q, k8, k_scale, k_mean, v, v_exponent, v_mean, out, lse,
-            kv_num_blocks, kv_indices, q_offsets, kv_offsets,
+            q, quantized.k, quantized.k_scale, quantized.k_mean,
+            v, quantized.v_exponent, quantized.v_mean, out, lse,
+            blocks.kv_num_blocks, blocks.kv_indices, blocks.q_offsets, blocks.kv_offsets,
             *q.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             q.shape[1], q.shape[2], num_q_blocks, num_kv_blocks, scale,
             HEAD_DIM=q.shape[3], BLOCK_M=rows, BLOCK_N=min(slots, _FWD.columns), SLOTS=slots,
-            PARTS_M=padded // rows, EVEN_KV=kv_is_even,
-            INT8=k8.dtype == torch.int8, FP8_PV=v.dtype == torch.float8_e4m3fn,
+            PARTS_M=padded // rows, EVEN_KV=quantized.num_tokens == num_kv_blocks * slots,
+            INT8=quantized.k.dtype == torch.int8, FP8_PV=v.dtype == torch.float8_e4m3fn,
             num_warps=_FWD.warps_per_64_rows * rows // 64, num_stages=_FWD.num_stages,
         )  # fmt: skip
     return out, lse
-
-
-@_attention.register_fake
-def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-def quantize(k: Tensor, v: Tensor, blocks: Blocks, qk: str, pv: str) -> Quantized:
-    """Return k and v, smoothed and quantised per kv block."""
-    k, v = _unit_inner_stride(k), _unit_inner_stride(v)
-    k8, k_scale, k_mean, v8, v_exponent, v_mean = _quantize_keys_values(
-        k, v, blocks.kv_offsets, blocks.kv_block_size, qk, pv
-    )
-    return Quantized(
-        k=k8,
-        k_scale=k_scale,
-        k_mean=k_mean,
-        v=v8 if pv == "fp8" else v,
-        v_exponent=v_exponent,
-        v_mean=v_mean,
-        num_tokens=k.shape[2],
-    )
-
-
-def forward(q: Tensor, quantized: Quantized, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:
-    """Return out [B, H, Sq, D] in q's dtype and lse [B, H, Sq] in fp32."""
-    num_blocks, num_slots = quantized.k.shape[2:4]
-    return _attention(
-        _unit_inner_stride(q),
-        quantized.k,
-        quantized.k_scale,
-        quantized.k_mean,
-        quantized.v,
-        quantized.v_exponent,
-        quantized.v_mean,
-        blocks.kv_num_blocks,
-        blocks.kv_indices,
-        blocks.q_offsets,
-        blocks.kv_offsets,
-        blocks.q_block_size,
-        quantized.num_tokens == num_blocks * num_slots,  # then every slot holds a token
-        scale,
-    )

@@ -274,18 +274,18 @@ def test_slot_order_is_the_register_order_of_wgmma() -> None:
 
 
 @pytest.mark.parametrize("pv", ["fp8", "none"])
-def test_both_custom_ops_pass_opcheck(problem: Callable, pv: str) -> None:
-    from gossamer.kernels.quantized_attention import triton as kernels
+def test_both_operators_pass_opcheck(problem: Callable, pv: str) -> None:
+    from gossamer.kernels.quantized_attention import operator
 
     q, k, v, blocks = problem([64], [32, 9], heads=1)
+    # test_schema multiplies the inputs, which fp8 cannot on a CPU.
     arguments = (k, v, blocks.kv_offsets, blocks.kv_block_size, "int8", pv)
-    tests = ("test_faketensor",)  # test_schema multiplies its inputs, which fp8 cannot on a CPU
-    torch.library.opcheck(kernels._quantize_keys_values, arguments, test_utils=tests)
+    torch.library.opcheck(operator._quantize, arguments, test_utils="test_faketensor")
     ready = quantize(k, v, blocks, pv=pv, backend="triton")
     lists = (blocks.kv_num_blocks, blocks.kv_indices, blocks.q_offsets, blocks.kv_offsets)
-    tensors = (ready.k, ready.k_scale, ready.k_mean, ready.v, ready.v_exponent, ready.v_mean)
-    arguments = (q, *tensors, *lists, blocks.q_block_size, False, 0.125)
-    torch.library.opcheck(kernels._attention, arguments, test_utils=tests)
+    sizes = (blocks.q_block_size, blocks.kv_block_size)
+    arguments = (q, *vars(ready).values(), *lists, *sizes, 0.125, "triton")
+    torch.library.opcheck(operator._attention, arguments, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize(
@@ -294,6 +294,7 @@ def test_both_custom_ops_pass_opcheck(problem: Callable, pv: str) -> None:
         ({"qk": "int4"}, "qk must be 'int8' or 'fp8', got 'int4'"),
         ({"pv": "bf16"}, "pv must be 'fp8' or 'none', got 'bf16'"),
         ({"backend": "cuda"}, "backend must be one of .*, got 'cuda'"),
+        ({"backend": "hopper"}, "for backend 'hopper'"),
         ({"scale": -1.0}, "scale must be finite and > 0, got -1.0"),
     ],
 )
