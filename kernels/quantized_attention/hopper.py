@@ -26,8 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..backend import on_device
 from ..blocks import Blocks
-from .quantized import MIN_SCALE, PEAK_EXPONENT, Quantized
+from ..quantized import MIN_SCALE, PEAK_EXPONENT, Quantized
 
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
@@ -384,7 +385,7 @@ def forward(q: Tensor, quantized: Quantized, blocks: Blocks, scale: float) -> tu
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     config = _FWD[blocks.q_block_size]
     num_tiles = blocks.kv_num_blocks.numel()
-    with torch.cuda.device(q.device):
+    with on_device(q.device):
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
         _quantized_attention_fwd[(min(processors * config.programs, num_tiles),)](
             *_arguments(q, quantized, blocks, scale, out, lse),

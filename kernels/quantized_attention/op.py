@@ -8,7 +8,7 @@ from torch import Tensor
 from ..block_sparse_attention.op import choose_backend
 from ..blocks import Blocks
 from ..check import check_attention, check_offsets
-from .quantized import Quantized
+from ..quantized import Quantized
 
 BACKENDS = ("reference", "triton", "hopper")
 _HEAD_DIMS = (64, 128)

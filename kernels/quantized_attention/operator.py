@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from ..blocks import Blocks
-from . import triton
-from .quantized import Quantized
+from ..quantized import Quantized
 
 
 @torch.library.custom_op("gossamer::quantize_keys_values", mutates_args=())
 def _quantize(
     k: Tensor, v: Tensor, kv_offsets: Tensor, kv_block_size: int, qk: str, pv: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from . import triton
+
     k8, k_scale, k_mean, v8, v_exponent, v_mean = triton.quantize(
         k, v, kv_offsets, kv_block_size, qk, pv
     )
@@ -64,6 +65,8 @@ def _attention(
 
             return hopper.forward(q, quantized, blocks, scale)
         case _:
+            from . import triton
+
             return triton.forward(q, quantized, blocks, scale)
 
 
@@ -71,6 +74,8 @@ def _attention(
 def _(
     k: Tensor, v: Tensor, kv_offsets: Tensor, kv_block_size: int, qk: str, pv: str
 ) -> tuple[Tensor, ...]:
+    from . import triton
+
     return triton.empty_quantized(k, kv_offsets, kv_block_size, qk, pv)
 
 

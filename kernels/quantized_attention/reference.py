@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Blocks
-from .quantized import (
+from ..quantized import (
     MAX_SAMPLE,
     MIN_SCALE,
     PEAK_EXPONENT,

@@ -5,16 +5,16 @@ stores its keys, and its values transposed: the low-precision tensor core instru
 operands with the summed dimension innermost. The attention rounds its own queries, one scale a row.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import on_device
 from ..blocks import Blocks
-from .quantized import MAX_SAMPLE, MIN_SCALE, PEAK_EXPONENT, Quantized, sample_step
+from ..quantized import MAX_SAMPLE, MIN_SCALE, PEAK_EXPONENT, Quantized, sample_step
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -241,11 +241,6 @@ class _Tiles(NamedTuple):
 _FWD = _Tiles(128, 64, 4, 3)
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    # Triton launches on the current device, which need not be the tensors'.
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _unit_inner_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -275,7 +270,7 @@ def quantize(
     num_blocks = kv_offsets.shape[0] - 1
     sample = min(num_kv, MAX_SAMPLE)
     sums = k.new_empty(batch * heads, _SAMPLE_PARTS, 2, head_dim, dtype=torch.float32)
-    with _on(k.device):
+    with on_device(k.device):
         _sample_sums[(_SAMPLE_PARTS, batch * heads)](
             k, v, sums, *k.stride()[:3], *v.stride()[:3],
             heads, num_kv, sample, sample_step(num_kv),
@@ -298,7 +293,7 @@ def forward(q: Tensor, quantized: Quantized, blocks: Blocks, scale: float) -> tu
     num_q_blocks, num_kv_blocks = blocks.kv_indices.shape[2:]
     padded = max(64, triton.next_power_of_2(blocks.q_block_size))
     rows, slots = min(padded, _FWD.rows), quantized.k.shape[3]
-    with _on(q.device):
+    with on_device(q.device):
         _quantized_attention_fwd[(num_q_blocks * (padded // rows), q.shape[0] * q.shape[1])](
             q, quantized.k, quantized.k_scale, quantized.k_mean,
             v, quantized.v_exponent, quantized.v_mean, out, lse,

@@ -15,16 +15,16 @@ from torch import Tensor
 from gossamer.kernels.block_sparse_attention.op import block_sparse_attention
 from gossamer.kernels.blocks import Blocks
 from gossamer.kernels.merge import merge
-from gossamer.kernels.quantized_attention.op import (
-    attend_quantized,
-    quantize,
-    quantized_block_sparse_attention,
-)
-from gossamer.kernels.quantized_attention.quantized import (
+from gossamer.kernels.quantized import (
     MAX_SAMPLE,
     Quantized,
     sample_step,
     slot_order,
+)
+from gossamer.kernels.quantized_attention.op import (
+    attend_quantized,
+    quantize,
+    quantized_block_sparse_attention,
 )
 
 BACKENDS = ("reference", "triton")
