@@ -53,8 +53,9 @@ def _hybrid_select_fwd(
     top_k = tl.minimum(tl.maximum(top_k, 1.0), num_columns)
     top_k = tl.where(p >= 1.0, num_columns, top_k)
     ptrs = score_ptr + b * stride_b + h * stride_h + row * stride_q + column.to(tl.int64) * stride_k
-    score = tl.load(ptrs, in_row, other=_LOWEST).to(tl.float32)
+    score = tl.load(ptrs, in_row, other=0.0).to(tl.float32)
     score = tl.where(score == score, score, float("inf"))
+    score = tl.where(in_row, score, _LOWEST)
     highest = _order_of(tl.max(score, 0))
     lowest = _order_of(tl.min(tl.where(in_row, score, float("inf")), 0))
 
