@@ -38,7 +38,8 @@ class _BlockMean(torch.autograd.Function):
         token = offsets[:-1, None] + torch.arange(block_size, device=x.device)  # [N, block_size]
         past = (token >= offsets[1:, None])[..., None]
         padded = x[:, :, token.clamp(max=x.shape[2] - 1)].to(dtype)  # [B, H, N, block_size, D]
-        return padded.masked_fill_(past, 0).sum(3).div_(_sizes(offsets))
+        # Not in place: see masked_attention.py on torch.compile of torch 2.11.
+        return padded.masked_fill_(past, 0).sum(3) / _sizes(offsets)
 
     @staticmethod
     @once_differentiable

@@ -75,7 +75,7 @@ def _forward(q_mean: Tensor, k_mean: Tensor, kv_offsets: Tensor, scale: float) -
             q_mean, k_mean, kv_offsets.contiguous(), score,
             *q_mean.stride()[:3], *k_mean.stride()[:3],
             num_heads, num_q, num_kv, head_dim, scale * _LOG2_E,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=4, num_stages=2,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=4, num_stages=1,
         )  # fmt: skip
     return score
 
