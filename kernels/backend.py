@@ -1,4 +1,4 @@
-"""What `auto` means, and what a backend asked for by name needs to run."""
+"""What ops share on the host: the choice of a backend, their operators, launch arithmetic."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -54,6 +54,16 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Return a / b rounded up; triton.cdiv takes 2 us."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """Return the smallest power of 2 that is at least n; triton.next_power_of_2 takes 2 us."""
+    return 1 << (n - 1).bit_length()
 
 
 def define_operator(

@@ -4,12 +4,14 @@ Of the items of a list, the selected ones go to the front in order and the other
 back, so that one store writes each list whole.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import define_operator, on_device
+from ..backend import ceil_div, define_operator, on_device
 
 
 @triton.jit
@@ -59,30 +61,25 @@ _LISTS, _ITEMS = 8, 512
 
 def _forward(selected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     selected = selected.contiguous()
-    num_columns, columns, num_rows, rows = lists = _fake(selected)
-    grid = (
-        triton.cdiv(selected.shape[2], _LISTS) + triton.cdiv(selected.shape[3], _LISTS),
-        selected.shape[0] * selected.shape[1],
-    )
+    batch, num_heads, num_rows, num_columns = selected.shape
+    lists = _fake(selected)
+    programs = ceil_div(num_rows, _LISTS) + ceil_div(num_columns, _LISTS)
     with on_device(selected.device):
-        _block_lists_fwd[grid](
-            selected, num_columns, columns, num_rows, rows, *selected.shape[2:],
+        _block_lists_fwd[(programs, batch * num_heads)](
+            selected, *lists, num_rows, num_columns,
             LISTS=_LISTS, ITEMS=_ITEMS, num_warps=4,
         )  # fmt: skip
     return lists
 
 
 def _fake(selected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *batch, num_rows, num_columns = selected.shape
-
-    def new(*shape: int) -> Tensor:
-        return selected.new_empty((*batch, *shape), dtype=torch.int32)
-
+    batch, num_heads, num_rows, num_columns = selected.shape
+    new = partial(selected.new_empty, dtype=torch.int32)
     return (
-        new(num_rows),
-        new(num_rows, num_columns),
-        new(num_columns),
-        new(num_columns, num_rows),
+        new((batch, num_heads, num_rows)),
+        new((batch, num_heads, num_rows, num_columns)),
+        new((batch, num_heads, num_columns)),
+        new((batch, num_heads, num_columns, num_rows)),
     )
 
 

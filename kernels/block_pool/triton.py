@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import define_operator, on_device
+from ..backend import ceil_div, define_operator, on_device, power_of_2
 
 # Counts change from call to call; specialising on them would compile again.
 _RUN_TIME = ["num_heads", "num_x_blocks", "num_y_blocks", "x_parts", "y_parts"]
@@ -117,11 +117,11 @@ _MAX_PARTS = 8
 
 
 def _num_parts(block_size: int) -> int:
-    return min(triton.cdiv(block_size, _PART), _MAX_PARTS)
+    return min(ceil_div(block_size, _PART), _MAX_PARTS)
 
 
 def _tile(head_dim: int) -> dict[str, int]:
-    return {"BLOCK_S": 32, "BLOCK_D": min(triton.next_power_of_2(head_dim), 128), "num_warps": 4}
+    return {"BLOCK_S": 32, "BLOCK_D": min(power_of_2(head_dim), 128), "num_warps": 4}
 
 
 def _new_means(x: Tensor, offsets: Tensor, parts: int) -> Tensor:
@@ -158,7 +158,7 @@ def _launch_fwd(
     grid = (
         num_x * x_parts + num_y * y_parts,
         x.shape[0] * x.shape[1],
-        triton.cdiv(x.shape[3], tile["BLOCK_D"]),
+        ceil_div(x.shape[3], tile["BLOCK_D"]),
     )
     with on_device(x.device):
         _block_mean_fwd[grid](
@@ -215,7 +215,7 @@ def _launch_bwd(
     grid = (
         num_x * x_parts + num_y * y_parts,
         x_grad.shape[0] * x_grad.shape[1],
-        triton.cdiv(head_dim, tile["BLOCK_D"]),
+        ceil_div(head_dim, tile["BLOCK_D"]),
     )
     with on_device(x_grad.device):
         _block_mean_bwd[grid](

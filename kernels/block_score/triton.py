@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import define_operator, on_device
+from ..backend import ceil_div, define_operator, on_device, power_of_2
 
 _LOG2_E = 1.4426950408889634
 
@@ -68,10 +68,10 @@ def _forward(q_mean: Tensor, k_mean: Tensor, kv_offsets: Tensor, scale: float) -
     batch, num_heads, num_q, head_dim = q_mean.shape
     num_kv = k_mean.shape[2]
     score = q_mean.new_empty(batch, num_heads, num_q, num_kv)
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, power_of_2(head_dim))
     block_m, block_n = 16, 64 if block_d <= 128 else 32
     with on_device(q_mean.device):
-        _block_score_fwd[(triton.cdiv(num_q, block_m), batch * num_heads)](
+        _block_score_fwd[(ceil_div(num_q, block_m), batch * num_heads)](
             q_mean, k_mean, kv_offsets.contiguous(), score,
             *q_mean.stride()[:3], *k_mean.stride()[:3],
             num_heads, num_q, num_kv, head_dim, scale * _LOG2_E,

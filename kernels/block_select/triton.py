@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import define_operator, on_device
+from ..backend import define_operator, on_device, power_of_2
 
 _SIGN = tl.constexpr(0x7FFFFFFF)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -85,7 +85,7 @@ def _hybrid_select_fwd(
 def _forward(score: Tensor, k: Tensor, p: Tensor) -> Tensor:
     batch, num_heads, num_rows, num_columns = score.shape
     selected = torch.empty(score.shape, dtype=torch.bool, device=score.device)
-    width = max(128, triton.next_power_of_2(num_columns))
+    width = max(128, power_of_2(num_columns))
     strides = [x.stride(0) if x.numel() > 1 else 0 for x in (k, p)]
     with on_device(score.device):
         _hybrid_select_fwd[(num_rows, batch * num_heads)](
