@@ -36,7 +36,15 @@ _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
 
 # Lengths and counts change from call to call; specialising on them would compile again.
-_RUN_TIME = ["num_heads", "num_own", "num_other", "num_own_blocks", "num_other_blocks", "num_tiles"]
+_RUN_TIME = [
+    "num_heads",
+    "num_own",
+    "num_other",
+    "num_own_blocks",
+    "num_other_blocks",
+    "num_tiles",
+    "column_tiles",
+]
 
 
 @gluon.jit
@@ -113,14 +121,20 @@ def _step_starts(list_ptr, count, step, past, STEP: gl.constexpr, BLOCK: gl.cons
 
 
 @gluon.jit
+def _num_column_steps(count, num_blocks, STEP: gl.constexpr):
+    """How many tiles of STEP centroids there are; none if every block is selected."""
+    return gl.where(count < num_blocks, (num_blocks + STEP - 1) // STEP, 0)
+
+
+@gluon.jit
 def _fwd_producer(
     arguments, BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr, STEP: gl.constexpr,
-    GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr, STAGES: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
     (
-        q_desc, k_desc, v_desc, q_s, k_s, v_s, box_s, q_full, q_free, k_full, k_free, v_full,
-        v_free, counter_ptr, num_blocks_ptr, indices_ptr, num_heads, num_other, num_own_blocks,
-        num_other_blocks, num_tiles,
+        q_desc, k_desc, v_desc, k_mean_desc, v_mean_desc, q_s, k_s, v_s, box_s, q_full, q_free,
+        k_full, k_free, v_full, v_free, counter_ptr, num_blocks_ptr, indices_ptr, num_heads,
+        num_other, num_own_blocks, num_other_blocks, num_tiles,
     ) = arguments  # fmt: skip
     HALVES: gl.constexpr = 2 if STEP > BLOCK_KV else 1
     ROWS: gl.constexpr = STEP // HALVES
@@ -155,6 +169,14 @@ def _fwd_producer(
             mbarrier.wait(v_free.index(stage), phase)
             _copy(v_desc, b, h, low, high, v_full.index(stage), v_s.index(stage), ROWS, HALVES)
             stage, phase = _next(stage, phase, STAGES)
+        if COLUMNS:
+            for i in range(_num_column_steps(count, num_other_blocks, STEP)):
+                at = i * STEP
+                mbarrier.wait(k_free.index(stage), phase)
+                _copy(k_mean_desc, b, h, at, at, k_full.index(stage), k_s.index(stage), STEP, 1)
+                mbarrier.wait(v_free.index(stage), phase)
+                _copy(v_mean_desc, b, h, at, at, v_full.index(stage), v_s.index(stage), STEP, 1)
+                stage, phase = _next(stage, phase, STAGES)
         tile = _draw(counter_ptr)
     mbarrier.wait(q_free, q_phase)
     _send(box_s.index(0), num_tiles)
@@ -162,14 +184,67 @@ def _fwd_producer(
 
 
 @gluon.jit
+def _fwd_step(
+    q, acc, prob, peak, total, ring, v_stage, v_phase, turns, more, scale_log2, columns_ptr,
+    GROUP: gl.constexpr, STEP: gl.constexpr, HEAD_DIM: gl.constexpr, GROUPS: gl.constexpr,
+    STAGES: gl.constexpr, COLUMNS: gl.constexpr,
+):  # fmt: skip
+    """Meet the next tile while the one before it, at v_stage, is added to acc.
+
+    With COLUMNS the tile holds centroids, and columns_ptr what their logits add to the products.
+    """
+    k_s, v_s, k_full, k_free, v_full, v_free, turn = ring
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    stage, phase = _next(v_stage, v_phase, STAGES)
+    if GROUPS == 2:
+        mbarrier.wait(turn.index(GROUP), turns & 1)
+    zero = gl.zeros([64, STEP], gl.float32, LOGITS)
+    k = k_s.index(stage).reshape([STEP, HEAD_DIM]).permute((1, 0))
+    token = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(v_stage), v_phase)
+    v = v_s.index(v_stage).reshape([STEP, HEAD_DIM])
+    acc_token = warpgroup_mma(prob, v, acc, is_async=True)
+    if GROUPS == 2:
+        mbarrier.arrive(turn.index(1 - GROUP), count=1)
+    if COLUMNS:
+        column = gl.arange(0, STEP, layout=gl.SliceLayout(0, LOGITS))
+        bias = gl.load(columns_ptr + column)
+    s = warpgroup_mma_wait(1, deps=[token])
+    mbarrier.arrive(k_free.index(stage), count=1)
+    if COLUMNS:
+        s = s * scale_log2 + bias[None, :]
+        new_peak = gl.maximum(peak, gl.max(s, axis=1))
+        prob32 = gl.exp2(s - new_peak[:, None])
+    else:
+        new_peak = gl.maximum(peak, gl.max(s, axis=1) * scale_log2)
+        prob32 = gl.exp2(s * scale_log2 - new_peak[:, None])
+    decay = gl.exp2(peak - new_peak)
+    total = total * decay + gl.sum(prob32, axis=1)
+    next_stage, next_phase = _next(stage, phase, STAGES)
+    mbarrier.wait(k_full.index(next_stage), next_phase, pred=more)
+    acc, _, prob32, total, decay = warpgroup_mma_wait(
+        0, deps=[acc_token, prob, prob32, total, decay]
+    )
+    mbarrier.arrive(v_free.index(v_stage), count=1)
+    prob = gl.convert_layout(prob32.to(v_s.dtype), OPERAND)
+    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, ACC))[:, None]
+    return acc, prob, new_peak, total, stage, phase
+
+
+@gluon.jit
 def _fwd_consumer(
     arguments, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr,
     STEP: gl.constexpr, HEAD_DIM: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    COLUMNS: gl.constexpr,
 ):  # fmt: skip
     (
-        out_desc, lse_ptr, q_s, k_s, v_s, out_s, box_s, q_full, q_free, k_full, k_free, v_full,
-        v_free, turn, num_heads, num_own, num_own_blocks, num_tiles, scale_log2,
+        out_desc, lse_ptr, columns_ptr, q_s, k_s, v_s, out_s, box_s, q_full, q_free, k_full, k_free,
+        v_full, v_free, turn, num_heads, num_own, num_own_blocks, num_other_blocks, column_tiles,
+        num_tiles, scale_log2,
     ) = arguments  # fmt: skip
+    ring = (k_s, v_s, k_full, k_free, v_full, v_free, turn)
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
@@ -187,6 +262,9 @@ def _fwd_consumer(
         count = _receive(box_s.index(1))
         last_rows = _receive(box_s.index(2))
         steps = _num_steps(count, last_rows, STEP, BLOCK_KV)
+        column_steps = 0
+        if COLUMNS:
+            column_steps = _num_column_steps(count, num_other_blocks, STEP)
         acc = gl.zeros([64, HEAD_DIM], gl.float32, ACC)
         # The lists are walked from their end: only the first tile can hold rows that are not there.
         mbarrier.wait(k_full.index(stage), phase)
@@ -215,38 +293,21 @@ def _fwd_consumer(
         total = gl.sum(prob32, axis=1)
         prob = gl.convert_layout(prob32.to(dtype), OPERAND)
         next_stage, next_phase = _next(stage, phase, STAGES)
-        mbarrier.wait(k_full.index(next_stage), next_phase, pred=steps > 1)
+        mbarrier.wait(k_full.index(next_stage), next_phase, pred=steps + column_steps > 1)
         for i in range(1, steps):
-            v_stage = stage + 0
-            v_phase = phase + 0
-            stage = next_stage
-            phase = next_phase
-            if GROUPS == 2:
-                mbarrier.wait(turn.index(GROUP), turns & 1)
-            zero = gl.zeros([64, STEP], gl.float32, LOGITS)
-            k = k_s.index(stage).reshape([STEP, HEAD_DIM]).permute((1, 0))
-            token = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(v_stage), v_phase)
-            v = v_s.index(v_stage).reshape([STEP, HEAD_DIM])
-            acc_token = warpgroup_mma(prob, v, acc, is_async=True)
-            if GROUPS == 2:
-                mbarrier.arrive(turn.index(1 - GROUP), count=1)
+            acc, prob, peak, total, stage, phase = _fwd_step(
+                q, acc, prob, peak, total, ring, stage, phase, turns, i + 1 < steps + column_steps,
+                scale_log2, columns_ptr, GROUP, STEP, HEAD_DIM, GROUPS, STAGES, False,
+            )  # fmt: skip
+            turns += 1
+        if COLUMNS:
+            row_ptr = columns_ptr + tile.to(gl.int64) * (column_tiles * 128)
+            for i in range(column_steps):
+                acc, prob, peak, total, stage, phase = _fwd_step(
+                    q, acc, prob, peak, total, ring, stage, phase, turns, i + 1 < column_steps,
+                    scale_log2, row_ptr + i * STEP, GROUP, STEP, HEAD_DIM, GROUPS, STAGES, True,
+                )  # fmt: skip
                 turns += 1
-            s = warpgroup_mma_wait(1, deps=[token])
-            mbarrier.arrive(k_free.index(stage), count=1)
-            new_peak = gl.maximum(peak, gl.max(s, axis=1) * scale_log2)
-            decay = gl.exp2(peak - new_peak)
-            prob32 = gl.exp2(s * scale_log2 - new_peak[:, None])
-            total = total * decay + gl.sum(prob32, axis=1)
-            peak = new_peak
-            next_stage, next_phase = _next(stage, phase, STAGES)
-            mbarrier.wait(k_full.index(next_stage), next_phase, pred=i + 1 < steps)
-            acc, _, prob32, total, decay = warpgroup_mma_wait(
-                0, deps=[acc_token, prob, prob32, total, decay]
-            )
-            mbarrier.arrive(v_free.index(v_stage), count=1)
-            prob = gl.convert_layout(prob32.to(dtype), OPERAND)
-            acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, ACC))[:, None]
         if GROUPS == 2:
             mbarrier.arrive(q_free, count=1)
         mbarrier.wait(v_full.index(stage), phase)
@@ -281,10 +342,11 @@ def _fwd_consumer(
 
 @gluon.jit(do_not_specialize=_RUN_TIME)
 def _block_sparse_attention_fwd(
-    q_desc, k_desc, v_desc, out_desc, lse_ptr, counter_ptr, num_blocks_ptr, indices_ptr,
-    num_heads, num_own, num_other, num_own_blocks, num_other_blocks, num_tiles, scale_log2,
+    q_desc, k_desc, v_desc, out_desc, k_mean_desc, v_mean_desc, columns_ptr, lse_ptr, counter_ptr,
+    num_blocks_ptr, indices_ptr, num_heads, num_own, num_other, num_own_blocks, num_other_blocks,
+    column_tiles, num_tiles, scale_log2,
     BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr, STEP: gl.constexpr, HEAD_DIM: gl.constexpr,
-    GROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    GROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     q_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, 64, HEAD_DIM], q_desc.layout)
@@ -313,24 +375,28 @@ def _block_sparse_attention_fwd(
     if GROUPS == 2:
         mbarrier.arrive(turn.index(0), count=1)
     producer = (
-        q_desc, k_desc, v_desc, q_s, k_s, v_s, box_s, q_full, q_free, k_full, k_free, v_full,
-        v_free, counter_ptr, num_blocks_ptr, indices_ptr, num_heads, num_other, num_own_blocks,
-        num_other_blocks, num_tiles,
+        q_desc, k_desc, v_desc, k_mean_desc, v_mean_desc, q_s, k_s, v_s, box_s, q_full, q_free,
+        k_full, k_free, v_full, v_free, counter_ptr, num_blocks_ptr, indices_ptr, num_heads,
+        num_other, num_own_blocks, num_other_blocks, num_tiles,
     )  # fmt: skip
     consumer = (
-        out_desc, lse_ptr, q_s, k_s, v_s, out_s, box_s, q_full, q_free, k_full, k_free, v_full,
-        v_free, turn, num_heads, num_own, num_own_blocks, num_tiles, scale_log2,
+        out_desc, lse_ptr, columns_ptr, q_s, k_s, v_s, out_s, box_s, q_full, q_free, k_full, k_free,
+        v_full, v_free, turn, num_heads, num_own, num_own_blocks, num_other_blocks, column_tiles,
+        num_tiles, scale_log2,
     )  # fmt: skip
     if GROUPS == 2:
         gl.warp_specialize([
-            (_fwd_consumer, (consumer, 0, BLOCK_Q, BLOCK_KV, STEP, HEAD_DIM, GROUPS, STAGES)),
-            (_fwd_consumer, (consumer, 1, BLOCK_Q, BLOCK_KV, STEP, HEAD_DIM, GROUPS, STAGES)),
-            (_fwd_producer, (producer, BLOCK_Q, BLOCK_KV, STEP, GROUPS, STAGES)),
+            (_fwd_consumer, (
+                consumer, 0, BLOCK_Q, BLOCK_KV, STEP, HEAD_DIM, GROUPS, STAGES, COLUMNS)),
+            (_fwd_consumer, (
+                consumer, 1, BLOCK_Q, BLOCK_KV, STEP, HEAD_DIM, GROUPS, STAGES, COLUMNS)),
+            (_fwd_producer, (producer, BLOCK_Q, BLOCK_KV, STEP, GROUPS, STAGES, COLUMNS)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_fwd_consumer, (consumer, 0, BLOCK_Q, BLOCK_KV, STEP, HEAD_DIM, GROUPS, STAGES)),
-            (_fwd_producer, (producer, BLOCK_Q, BLOCK_KV, STEP, GROUPS, STAGES)),
+            (_fwd_consumer, (
+                consumer, 0, BLOCK_Q, BLOCK_KV, STEP, HEAD_DIM, GROUPS, STAGES, COLUMNS)),
+            (_fwd_producer, (producer, BLOCK_Q, BLOCK_KV, STEP, GROUPS, STAGES, COLUMNS)),
         ], [1], [24])  # fmt: skip
 
 
@@ -687,19 +753,44 @@ _BWD_DQ = {64: _Config(64, 2, 2), 128: _Config(64, 4, 1)}
 _BWD_DKV = {64: _Config(64, 2, 2), 128: _Config(64, 4, 1)}
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:
-    """Return out [B, H, Sq, D], strided like q, and lse [B, H, Sq], without autograd."""
+class Centroids(NamedTuple):
+    """Centroids that join the softmax, one of each kv block."""
+
+    k: Tensor  # [B, H, Nk, D], in q's type
+    v: Tensor  # [B, H, Nk, D]
+    columns: Tensor  # fp32 [B, H, Nq, Nk and padding]: added to their logits, in units of log2
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Blocks,
+    scale: float,
+    centroids: Centroids | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return out [B, H, Sq, D], strided like q, and lse [B, H, Sq], without autograd.
+
+    With centroids, each is one more key; its column is -inf where its block is selected.
+    """
     q, k, v = (_aligned(x) for x in (q, k, v))
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     config = _FWD[blocks.q_block_size]
     rows = min(config.step, blocks.kv_block_size)
     num_tiles = blocks.kv_num_blocks.numel()
+    tiles = [_tma(q, 64), _tma(k, rows), _tma(v, rows), _tma(out, 64)]
+    if centroids is None:
+        means, columns, column_tiles = tiles[1:3], lse, 0  # none of them is read
+    else:
+        means = [_tma(x, config.step) for x in (centroids.k, centroids.v)]
+        columns, column_tiles = centroids.columns, centroids.columns.shape[3] // 128
     with torch.cuda.device(q.device):
         _block_sparse_attention_fwd[_grid(q, num_tiles, config)](
-            _tma(q, 64), _tma(k, rows), _tma(v, rows), _tma(out, 64), lse, _counters(q, 1),
+            *tiles, *means, columns, lse, _counters(q, 1),
             blocks.kv_num_blocks, blocks.kv_indices, q.shape[1], q.shape[2], k.shape[2],
-            *blocks.kv_indices.shape[2:], num_tiles, scale * _LOG2_E.value, STEP=config.step,
+            *blocks.kv_indices.shape[2:], column_tiles, num_tiles, scale * _LOG2_E.value,
+            STEP=config.step, COLUMNS=centroids is not None,
             **_meta(q, blocks, blocks.q_block_size, config),
         )  # fmt: skip
     return out, lse

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..blocks import Blocks
 
 
-def _kernels(backend: str) -> ModuleType:
+def kernels_of(backend: str) -> ModuleType:
     """Return the module with `forward` and `backward` of a backend, loaded when first used."""
     match backend:
         case "hopper":
@@ -23,7 +23,7 @@ def _kernels(backend: str) -> ModuleType:
             return triton
 
 
-def _record(*values: Any) -> Blocks:
+def record(*values: Any) -> Blocks:
     return Blocks(**dict(zip((f.name for f in fields(Blocks)), values, strict=True)))
 
 
@@ -44,11 +44,11 @@ def _attention(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    blocks = _record(
+    blocks = record(
         kv_num_blocks, kv_indices, q_num_blocks, q_indices, q_offsets, kv_offsets,
         q_block_size, kv_block_size, is_uniform,
     )  # fmt: skip
-    return _kernels(backend).forward(q, k, v, blocks, scale)
+    return kernels_of(backend).forward(q, k, v, blocks, scale)
 
 
 @torch.library.custom_op("gossamer::block_sparse_attention_backward", mutates_args=())
@@ -72,12 +72,12 @@ def _attention_backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    blocks = _record(
+    blocks = record(
         kv_num_blocks, kv_indices, q_num_blocks, q_indices, q_offsets, kv_offsets,
         q_block_size, kv_block_size, is_uniform,
     )  # fmt: skip
-    grads = (_unit_inner_stride(grad_out), grad_lse.contiguous())
-    return _kernels(backend).backward(*grads, q, k, v, out, lse, blocks, scale)
+    grads = (unit_inner_stride(grad_out), grad_lse.contiguous())
+    return kernels_of(backend).backward(*grads, q, k, v, out, lse, blocks, scale)
 
 
 @_attention.register_fake
@@ -110,7 +110,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Return out [B, H, Sq, D] and lse [B, H, Sq]; both are differentiable."""
-    q, k, v = (_unit_inner_stride(x) for x in (q, k, v))
+    q, k, v = (unit_inner_stride(x) for x in (q, k, v))
     return _attention(
         q, k, v, blocks.kv_num_blocks, blocks.kv_indices, blocks.q_num_blocks, blocks.q_indices,
         blocks.q_offsets, blocks.kv_offsets, blocks.q_block_size, blocks.kv_block_size,
@@ -118,5 +118,5 @@ def forward(
     )  # fmt: skip
 
 
-def _unit_inner_stride(x: Tensor) -> Tensor:
+def unit_inner_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..block_pool.op import block_mean_pair
-from ..block_sparse_attention.operator import _kernels, _record, _unit_inner_stride
+from ..block_sparse_attention.operator import kernels_of, record, unit_inner_stride
 from ..blocks import Blocks
 
 
@@ -32,11 +32,16 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     from . import triton
 
-    blocks = _record(
+    blocks = record(
         kv_num_blocks, kv_indices, q_num_blocks, q_indices, q_offsets, kv_offsets,
         q_block_size, kv_block_size, is_uniform,
     )  # fmt: skip
-    out, lse = _kernels(backend).forward(q, k, v, blocks, scale)
+    exact = kernels_of(backend)
+    if backend == "hopper":  # its forward takes the centroids along
+        columns = triton.column_logits(blocks, bias)
+        centroids = exact.Centroids(k_mean, v_mean, columns)
+        return exact.forward(q, k, v, blocks, scale, centroids)
+    out, lse = exact.forward(q, k, v, blocks, scale)
     triton.add_centroids(q, k_mean, v_mean, bias, out, lse, blocks, scale)
     return out, lse
 
@@ -68,12 +73,12 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from . import triton
 
-    blocks = _record(
+    blocks = record(
         kv_num_blocks, kv_indices, q_num_blocks, q_indices, q_offsets, kv_offsets,
         q_block_size, kv_block_size, is_uniform,
     )  # fmt: skip
-    grads = (_unit_inner_stride(grad_out), grad_lse.contiguous())
-    dq, dk, dv = _kernels(backend).backward(*grads, q, k, v, out, lse, blocks, scale)
+    grads = (unit_inner_stride(grad_out), grad_lse.contiguous())
+    dq, dk, dv = kernels_of(backend).backward(*grads, q, k, v, out, lse, blocks, scale)
     dbias = triton.add_centroid_gradients(
         *grads, q, k_mean, v_mean, bias, out, lse, dq, dk, dv, blocks, scale, bias_grad
     )
@@ -118,7 +123,7 @@ def forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Return out [B, H, Sq, D] and lse [B, H, Sq]; both are differentiable."""
-    q, k, v = (_unit_inner_stride(x) for x in (q, k, v))
+    q, k, v = (unit_inner_stride(x) for x in (q, k, v))
     # The means enter without a graph: the operator's dk and dv hold the gradient through them.
     means = block_mean_pair(
         k.detach(), v.detach(), *(blocks.kv_offsets,) * 2, *(blocks.kv_block_size,) * 2

@@ -355,20 +355,24 @@ def _described(k_mean: Tensor, v_mean: Tensor, tiles: _Tiles) -> list[TensorDesc
     return [TensorDescriptor.from_tensor(x.view(shape), block) for x in (k_mean, v_mean)]
 
 
-def _column_logits(blocks: Blocks, bias: Tensor | None) -> Tensor:
-    """Return log2 n + bias of each column, fp32 [B, H, Nq, Nk and padding], -inf for none."""
+def column_logits(blocks: Blocks, bias: Tensor | None) -> Tensor:
+    """Return log2 n + bias of each column, fp32 [B, H, Nq, Nk and padding], -inf for none.
+
+    Everything is in units of log2; the padding goes up to a multiple of 128.
+    """
     batch, heads, num_q_blocks, num_kv_blocks = blocks.kv_indices.shape
     num_columns = triton.cdiv(num_kv_blocks, _COLUMNS) * _COLUMNS
     columns = blocks.kv_indices.new_empty(
         (batch, heads, num_q_blocks, num_columns), dtype=torch.float32
     )
-    _columns[(num_q_blocks, batch * heads)](
-        columns, columns if bias is None else bias,
-        blocks.kv_num_blocks, blocks.kv_indices, blocks.kv_offsets,
-        *(columns if bias is None else bias).stride(),
-        heads, num_q_blocks, num_kv_blocks, num_columns,
-        HAS_BIAS=bias is not None, BLOCK=_COLUMNS, num_warps=1,
-    )  # fmt: skip
+    with on_device(columns.device):
+        _columns[(num_q_blocks, batch * heads)](
+            columns, columns if bias is None else bias,
+            blocks.kv_num_blocks, blocks.kv_indices, blocks.kv_offsets,
+            *(columns if bias is None else bias).stride(),
+            heads, num_q_blocks, num_kv_blocks, num_columns,
+            HAS_BIAS=bias is not None, BLOCK=_COLUMNS, num_warps=1,
+        )  # fmt: skip
     return columns
 
 
@@ -393,8 +397,8 @@ def add_centroids(
     num_heads = q.shape[0] * q.shape[1]
     tiles = _FWD[q.element_size()]
     query = _Queries.cut(blocks, tiles.rows)
+    columns = column_logits(blocks, bias)
     with on_device(q.device):
-        columns = _column_logits(blocks, bias)
         _centroid_fwd[(columns.shape[2] * query.parts, num_heads)](
             q, *_described(k_mean, v_mean, tiles), columns, out, lse,
             blocks.kv_num_blocks, blocks.q_offsets,
@@ -429,7 +433,7 @@ def add_centroid_gradients(
     delta = torch.empty_like(lse)
     scale_log2 = scale * _LOG2_E.value
     with on_device(q.device):
-        columns = _column_logits(blocks, bias)
+        columns = column_logits(blocks, bias)
         counts = _counts(q, blocks, columns)
         tiles = _BWD_DQ[q.element_size()]
         if bias_grad:  # its sum over rows would make ptxas serialise the pipelined dots
