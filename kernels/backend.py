@@ -17,7 +17,7 @@ def choose_backend(
     if backend == "auto":
         backend = "triton" if device.type == "cuda" else "reference"
     if backend == "triton":
-        _check_triton(device, dtype)
+        check_triton(device, dtype)
         return "triton"
     if backend == "reference":
         return "reference"
@@ -28,7 +28,7 @@ def choose_backend(
 
 # torch.compile runs it once, while tracing: it reads Triton's settings, which cannot be traced.
 @torch.compiler.assume_constant_result
-def _check_triton(device: torch.device, dtype: torch.dtype) -> None:
+def check_triton(device: torch.device, dtype: torch.dtype) -> None:
     try:
         import triton
     except ImportError:
@@ -39,8 +39,8 @@ def _check_triton(device: torch.device, dtype: torch.dtype) -> None:
     if triton.knobs.runtime.interpret:
         if dtype == torch.bfloat16:
             raise ValueError(
-                "dtype must not be torch.bfloat16 under TRITON_INTERPRET=1, whose bf16 arithmetic "
-                "is wrong; convert it to float32 or use a GPU"
+                "dtype must be float32 or float16 under TRITON_INTERPRET=1, got torch.bfloat16, "
+                "whose arithmetic the interpreter gets wrong; convert it to float32 or use a GPU"
             )
     elif device.type != "cuda":
         raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gossamer.kernels.block_sparse_attention.op import choose_backend
 from gossamer.kernels.blocks import Blocks
 from gossamer.kernels.dense_attention.op import dense_attention
-from gossamer.sparse.layout import BlockLayout, Layout, TokenGrid
+from gossamer.sparse.layout import BlockLayout, Layout, TokenGrid, permute_qkv
 from gossamer.sparse.mask import BlockMask, BlockScores, keep_text
 from gossamer.sparse.policies import Hybrid
 
@@ -75,7 +75,7 @@ class SparseAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, timestep: Tensor) -> Tensor:
         """Return attention of q, k, v [B, H, S, D] in sequence order; timestep [B]."""
         q_layout, kv_layout = self.layout(q, k, grid)
-        q, k, v = q_layout.permute(q), kv_layout.permute(k), kv_layout.permute(v)
+        q, k, v = permute_qkv(q_layout, kv_layout, q, k, v)
         if self.mask is None:
             with torch.no_grad():
                 self.mask = keep_text(self.policy(self.estimator(q, k, v, q_layout, kv_layout)))

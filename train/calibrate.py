@@ -20,7 +20,7 @@ from gossamer.sparse.allocation import water_fill
 from gossamer.sparse.attach import attentions
 from gossamer.sparse.attention import SparseAttention, SparseMethod
 from gossamer.sparse.estimators.oracle import Oracle
-from gossamer.sparse.layout import TokenGrid
+from gossamer.sparse.layout import TokenGrid, permute_qkv
 from gossamer.sparse.mask import BlockMask, BlockScores
 from gossamer.sparse.policies import Hybrid
 from gossamer.train.calibration import Calibration
@@ -183,7 +183,7 @@ def _in_blocks(
 ) -> _Layer:
     q, k, v, out = (x.detach() for x in tensors)
     q_layout, kv_layout = attention.layout(q, k, grid)
-    q, k, v = q_layout.permute(q), kv_layout.permute(k), kv_layout.permute(v)
+    q, k, v = permute_qkv(q_layout, kv_layout, q, k, v)
     scores = attention.estimator(q, k, v, q_layout, kv_layout)
     per_probe = [q_layout.permute(g).float() for g in gradients]
     return _Layer(q, k, v, q_layout.permute(out), scores, per_probe)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from gossamer.sparse.attach import attentions
 from gossamer.sparse.attention import SparseAttention, SparseMethod
 from gossamer.sparse.estimators.oracle import Oracle
+from gossamer.sparse.layout import permute_qkv
 from gossamer.sparse.mask import keep_text
 from gossamer.train.calibrate import Sample
 from gossamer.train.calibration import Calibration
@@ -41,7 +42,7 @@ def keep_policy(
     def measure(module: nn.Module, args: tuple[Any, ...]) -> None:
         q, k, v, grid, _ = args
         q_layout, kv_layout = sparse.layout(q, k, grid)
-        q, k, v = q_layout.permute(q), kv_layout.permute(k), kv_layout.permute(v)
+        q, k, v = permute_qkv(q_layout, kv_layout, q, k, v)
         mask = keep_text(sparse.policy(sparse.estimator(q, k, v, q_layout, kv_layout)))
         captured: Tensor = mask.captured(Oracle()(q, k, v, q_layout, kv_layout).score)
         index = places[module]

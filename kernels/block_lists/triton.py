@@ -56,7 +56,7 @@ def _block_lists_fwd(
         )  # fmt: skip
 
 
-_LISTS, _ITEMS = 8, 512
+_LISTS, _ITEMS = 4, 256
 
 
 def _forward(selected: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

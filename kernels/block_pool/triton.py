@@ -121,7 +121,7 @@ def _num_parts(block_size: int) -> int:
 
 
 def _tile(head_dim: int) -> dict[str, int]:
-    return {"BLOCK_S": 32, "BLOCK_D": min(power_of_2(head_dim), 128), "num_warps": 4}
+    return {"BLOCK_S": 32, "BLOCK_D": min(power_of_2(head_dim), 128), "num_warps": 2}
 
 
 def _new_means(x: Tensor, offsets: Tensor, parts: int) -> Tensor:

@@ -49,7 +49,9 @@ def _hybrid_select_fwd(
     column = tl.arange(0, WIDTH)
     in_row = column < num_columns
     p = tl.load(p_ptr + h * p_stride)
-    top_k = tl.load(k_ptr + h * k_stride) * num_columns + _TO_INTEGER - _TO_INTEGER
+    # in fp64 and back: fused with the sum, the product would not be rounded as PyTorch rounds it
+    share = (tl.load(k_ptr + h * k_stride).to(tl.float64) * num_columns).to(tl.float32)
+    top_k = share + _TO_INTEGER - _TO_INTEGER
     top_k = tl.minimum(tl.maximum(top_k, 1.0), num_columns)
     top_k = tl.where(p >= 1.0, num_columns, top_k)
     ptrs = score_ptr + b * stride_b + h * stride_h + row * stride_q + column.to(tl.int64) * stride_k

@@ -12,7 +12,6 @@ Written for Triton 3.6, whose compiler asks for three habits:
 - wgmma tokens other than the accumulator must not cross the back edge of a loop.
 """
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -28,9 +27,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..blocks import Blocks
+from ..tma import advance, aligned, describe_matrix, describe_rows
 
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
@@ -59,14 +58,6 @@ def _receive(box):
     """Read the number in box; from a consumer warpgroup."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     return gl.sum(box.load(layout), axis=0)
-
-
-@gluon.jit
-def _next(stage, phase, STAGES: gl.constexpr):
-    """Advance in a ring of buffers; the phase flips when it wraps."""
-    stage += 1
-    wrap = stage == STAGES
-    return gl.where(wrap, 0, stage), gl.where(wrap, phase ^ 1, phase)
 
 
 @gluon.jit
@@ -168,7 +159,7 @@ def _fwd_producer(
             _copy(k_desc, b, h, low, high, k_full.index(stage), k_s.index(stage), ROWS, HALVES)
             mbarrier.wait(v_free.index(stage), phase)
             _copy(v_desc, b, h, low, high, v_full.index(stage), v_s.index(stage), ROWS, HALVES)
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = advance(stage, phase, STAGES)
         if COLUMNS:
             for i in range(_num_column_steps(count, num_other_blocks, STEP)):
                 at = i * STEP
@@ -176,7 +167,7 @@ def _fwd_producer(
                 _copy(k_mean_desc, b, h, at, at, k_full.index(stage), k_s.index(stage), STEP, 1)
                 mbarrier.wait(v_free.index(stage), phase)
                 _copy(v_mean_desc, b, h, at, at, v_full.index(stage), v_s.index(stage), STEP, 1)
-                stage, phase = _next(stage, phase, STAGES)
+                stage, phase = advance(stage, phase, STAGES)
         tile = _draw(counter_ptr)
     mbarrier.wait(q_free, q_phase)
     _send(box_s.index(0), num_tiles)
@@ -197,7 +188,7 @@ def _fwd_step(
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STEP, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    stage, phase = _next(v_stage, v_phase, STAGES)
+    stage, phase = advance(v_stage, v_phase, STAGES)
     if GROUPS == 2:
         mbarrier.wait(turn.index(GROUP), turns & 1)
     zero = gl.zeros([64, STEP], gl.float32, LOGITS)
@@ -222,7 +213,7 @@ def _fwd_step(
         prob32 = gl.exp2(s * scale_log2 - new_peak[:, None])
     decay = gl.exp2(peak - new_peak)
     total = total * decay + gl.sum(prob32, axis=1)
-    next_stage, next_phase = _next(stage, phase, STAGES)
+    next_stage, next_phase = advance(stage, phase, STAGES)
     mbarrier.wait(k_full.index(next_stage), next_phase, pred=more)
     acc, _, prob32, total, decay = warpgroup_mma_wait(
         0, deps=[acc_token, prob, prob32, total, decay]
@@ -292,7 +283,7 @@ def _fwd_consumer(
         prob32 = gl.exp2(s * scale_log2 - base[:, None])
         total = gl.sum(prob32, axis=1)
         prob = gl.convert_layout(prob32.to(dtype), OPERAND)
-        next_stage, next_phase = _next(stage, phase, STAGES)
+        next_stage, next_phase = advance(stage, phase, STAGES)
         mbarrier.wait(k_full.index(next_stage), next_phase, pred=steps + column_steps > 1)
         for i in range(1, steps):
             acc, prob, peak, total, stage, phase = _fwd_step(
@@ -315,7 +306,7 @@ def _fwd_consumer(
         acc_token = warpgroup_mma(prob, v, acc, is_async=True)
         acc, _ = warpgroup_mma_wait(0, deps=[acc_token, prob])
         mbarrier.arrive(v_free.index(stage), count=1)
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = advance(stage, phase, STAGES)
 
         total = gl.where(total == 0.0, 1.0, total)  # no key: out 0, and lse = peak = -inf
         acc = acc / gl.convert_layout(total, gl.SliceLayout(1, ACC))[:, None]
@@ -466,7 +457,7 @@ def _dq_producer(
             v = v_s.index(stage)
             tma.async_copy_global_to_shared(k_desc, [b, h, start, 0], full.index(stage), k)
             tma.async_copy_global_to_shared(v_desc, [b, h, start, 0], full.index(stage), v)
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = advance(stage, phase, STAGES)
         tile = _draw(counter_ptr)
     mbarrier.wait(q_free, q_phase)
     _send(box_s.index(0), num_tiles)
@@ -520,7 +511,7 @@ def _dq_consumer(
             dq_token = warpgroup_mma(gl.convert_layout(ds.to(dtype), OPERAND), k, dq, is_async=True)
             dq = warpgroup_mma_wait(0, deps=[dq_token])
             mbarrier.arrive(free.index(stage), count=1)
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = advance(stage, phase, STAGES)
         q.store((dq * scale).to(dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(
@@ -623,7 +614,7 @@ def _dkv_producer(
             # A column that no block selects meets one tile of 0: its rows may be any.
             at = head * row_tiles + gl.minimum(start // 64, row_tiles - 1)
             tma.async_copy_global_to_shared(row_desc, [at, 0], bar, row_s.index(stage))
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = advance(stage, phase, STAGES)
         slot = _draw(counter_ptr)
     mbarrier.wait(kv_free, kv_phase)
     _send(box_s.index(0), num_tiles)
@@ -678,7 +669,7 @@ def _dkv_consumer(
             dk_token = warpgroup_mma(gl.convert_layout(ds.to(dtype), OPERAND), q, dk, is_async=True)
             dv, dk = warpgroup_mma_wait(0, deps=[dv_token, dk_token])
             mbarrier.arrive(free.index(stage), count=1)
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = advance(stage, phase, STAGES)
         head = tile // num_own_blocks
         b = head // num_heads
         h = head % num_heads
@@ -773,17 +764,17 @@ def forward(
 
     With centroids, each is one more key; its column is -inf where its block is selected.
     """
-    q, k, v = (_aligned(x) for x in (q, k, v))
+    q, k, v = (aligned(x) for x in (q, k, v))
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     config = _FWD[blocks.q_block_size]
     rows = min(config.step, blocks.kv_block_size)
     num_tiles = blocks.kv_num_blocks.numel()
-    tiles = [_tma(q, 64), _tma(k, rows), _tma(v, rows), _tma(out, 64)]
+    tiles = [describe_rows(x, n) for x, n in ((q, 64), (k, rows), (v, rows), (out, 64))]
     if centroids is None:
         means, columns, column_tiles = tiles[1:3], lse, 0  # none of them is read
     else:
-        means = [_tma(x, config.step) for x in (centroids.k, centroids.v)]
+        means = [describe_rows(x, config.step) for x in (centroids.k, centroids.v)]
         columns, column_tiles = centroids.columns, centroids.columns.shape[3] // 128
     with torch.cuda.device(q.device):
         _block_sparse_attention_fwd[_grid(q, num_tiles, config)](
@@ -808,7 +799,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv, strided like q, k, v."""
-    q, k, v, grad_out = (_aligned(x) for x in (q, k, v, grad_out))
+    q, k, v, grad_out = (aligned(x) for x in (q, k, v, grad_out))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     num_heads, num_q, num_kv = q.shape[1], q.shape[2], k.shape[2]
     row_tiles = -(-num_q // 64)
@@ -822,20 +813,21 @@ def backward(
             out, grad_out, lse, grad_lse, rows, *out.stride()[:3], *grad_out.stride()[:3],
             num_heads, num_q, row_tiles, HEAD_DIM=q.shape[-1],
         )  # fmt: skip
-        tiles = [_tma(x, 64) for x in (q, k, v, grad_out)]
+        tiles = [describe_rows(x, 64) for x in (q, k, v, grad_out)]
         config = _BWD_DQ[blocks.q_block_size]
         num_tiles = blocks.kv_num_blocks.numel()
         _block_sparse_attention_bwd_dq[_grid(q, num_tiles, config)](
-            *tiles, _tma(dq, 64), rows, counters, blocks.kv_num_blocks, blocks.kv_indices,
+            *tiles, describe_rows(dq, 64), rows, counters, blocks.kv_num_blocks, blocks.kv_indices,
             num_heads, num_q, num_kv, q_blocks, kv_blocks, num_tiles, scale,
             **_meta(q, blocks, blocks.q_block_size, config),
         )  # fmt: skip
         config = _BWD_DKV[blocks.kv_block_size]
         num_tiles = blocks.q_num_blocks.numel()
         _block_sparse_attention_bwd_dkv[_grid(q, num_tiles, config)](
-            *tiles, _tma_rows(rows), _tma(dk, 64), _tma(dv, 64), counters[1:], order,
-            blocks.q_num_blocks, blocks.q_indices, num_heads, num_kv, num_q, kv_blocks, q_blocks,
-            num_tiles, scale, **_meta(q, blocks, blocks.kv_block_size, config),
+            *tiles, describe_matrix(rows, 1), describe_rows(dk, 64), describe_rows(dv, 64),
+            counters[1:], order, blocks.q_num_blocks, blocks.q_indices,
+            num_heads, num_kv, num_q, kv_blocks, q_blocks, num_tiles, scale,
+            **_meta(q, blocks, blocks.kv_block_size, config),
         )  # fmt: skip
     return dq, dk, dv
 
@@ -861,33 +853,3 @@ def _grid(q: Tensor, num_tiles: int, config: _Config) -> tuple[int]:
 
 def _counters(q: Tensor, number: int) -> Tensor:
     return torch.zeros(number, dtype=torch.int32, device=q.device)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """Return x, or a contiguous copy where TMA cannot read it: it steps in 16 bytes."""
-    steps = [s for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
-    if x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in steps):
-        return x
-    return x.contiguous()
-
-
-_ELEMENT = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
-
-
-def _tma(x: Tensor, rows: int) -> TensorDescriptor:
-    """Describe x [B, H, S, D] for copies of `rows` rows of one head."""
-    box = [1, 1, rows, x.shape[3]]
-    # The stride along a dimension of size 1 means nothing, but must be valid.
-    strides = [s if n > 1 else x.shape[3] for s, n in zip(x.stride(), x.shape, strict=True)]
-    strides[3] = 1
-    return TensorDescriptor(x, list(x.shape), strides, box, _shared_layout(tuple(box), x.dtype))
-
-
-@cache
-def _shared_layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(box), _ELEMENT[dtype])
-
-
-def _tma_rows(rows: Tensor) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [1, 128], layout)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..backend import check_triton
 from ..blocks import Blocks
 from ..check import check_attention
 
@@ -98,7 +99,7 @@ def choose_backend(
         backend = "triton"
     if backend == "triton":
         _check_triton_shapes(head_dim, dtype, sizes)
-        _check_triton_device(device, dtype)
+        check_triton(device, dtype)
     return backend
 
 
@@ -153,26 +154,3 @@ def _check_triton_shapes(
                 f"{name} must be 1 to {_TRITON_MAX_BLOCK} tokens for backend 'triton', got {size}; "
                 "use smaller blocks or backend='reference'"
             )
-
-
-# torch.compile runs it once, while tracing: it reads Triton's settings, which cannot be traced.
-@torch.compiler.assume_constant_result
-def _check_triton_device(device: torch.device, dtype: torch.dtype) -> None:
-    try:
-        import triton
-    except ImportError:
-        raise ValueError(
-            "backend 'triton' needs the package triton, which is not installed; "
-            "pip install 'triton>=3.6,<3.8' or use backend='reference'"
-        ) from None
-    if triton.knobs.runtime.interpret:
-        if dtype == torch.bfloat16:
-            raise ValueError(
-                "dtype must be float32 or float16 under TRITON_INTERPRET=1, got torch.bfloat16, "
-                "whose arithmetic the interpreter gets wrong; convert q, k and v or use a GPU"
-            )
-    elif device.type != "cuda":
-        raise ValueError(
-            f"device must be cuda for backend 'triton', got {device}; use backend='reference', or "
-            "set TRITON_INTERPRET=1 before the start to run the kernels slowly on a CPU"
-        )

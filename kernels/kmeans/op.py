@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..block_sparse_attention.op import _check_triton_device
+from ..backend import check_triton
 from ..cluster_order import per_group, sort_points
 
 BACKENDS = ("reference", "triton")
@@ -137,5 +137,5 @@ def _choose_backend(backend: str, x: Tensor) -> str:
                 f"{_TRITON_MAX_DIM} dims for backend 'triton', got {x.dtype} of {x.shape[3]}; "
                 "use backend='reference' or 'auto'"
             )
-        _check_triton_device(x.device, x.dtype)
+        check_triton(x.device, x.dtype)
     return backend

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..block_sparse_attention.op import _check_triton_device
+from ..backend import check_triton
 
 BACKENDS = ("reference", "triton")
 _MAX_TENSORS = 3
@@ -78,7 +78,7 @@ def _choose_backend(backend: str, tensors: Sequence[Tensor]) -> str:
                 "dtype must have 2 or 4 bytes for backend 'triton', got "
                 f"{', '.join(str(x.dtype) for x in tensors)}; use backend='reference' or 'auto'"
             )
-        _check_triton_device(tensors[0].device, torch.int32)  # bits are moved, whatever the type
+        check_triton(tensors[0].device, torch.int32)  # bits are moved, whatever the type
     return backend
 
 

@@ -3,8 +3,8 @@
 A producer warp walks the index lists and keeps a ring of key and value slabs full with TMA copies;
 one or two consumer warpgroups of 64 rows each round their queries once a tile and then keep the
 tensor cores busy with asynchronous wgmma: the logits of one step are computed while the weights of
-the step before meet their values. Two groups take turns, so one's exponentials hide behind the
-other's products. Lists are walked from their end: only the first step can hold absent keys.
+the step before meet their values. Lists are walked from their end: only the first step can hold
+absent keys.
 
 For Triton 3.6: the exponentials would sink below the next wgmma wait, and nothing would overlap. So
 the wait takes them as a dependency, and an mbarrier wait (the end of a basic block) stands before
@@ -24,11 +24,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..backend import on_device
 from ..blocks import Blocks
 from ..quantized import MIN_SCALE, PEAK_EXPONENT, Quantized
+from ..tma import advance, aligned, describe_matrix, describe_rows
 
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
@@ -37,14 +37,6 @@ _PEAK_EXPONENT = gl.constexpr(PEAK_EXPONENT)
 _TO_INTEGER = gl.constexpr(1.5 * 2**23)  # the sum's low bits are the rounded number
 
 _RUN_TIME = ["num_heads", "num_q", "num_kv", "num_q_blocks", "num_kv_blocks", "num_tiles"]
-
-
-@gluon.jit
-def _next(stage, phase, STAGES: gl.constexpr):
-    """Advance in a ring of buffers; the phase flips when it wraps."""
-    stage += 1
-    wrap = stage == STAGES
-    return gl.where(wrap, 0, stage), gl.where(wrap, phase ^ 1, phase)
 
 
 @gluon.jit
@@ -102,7 +94,7 @@ def _producer(
                     v_desc, [slab * HEAD_DIM, 0], v_full.index(stage),
                     v_s.index(stage * PAIR + j),
                 )  # fmt: skip
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = advance(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -174,11 +166,11 @@ def _add_values(
 def _consumer(
     arguments, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr, SLOTS: gl.constexpr,
     PAIR: gl.constexpr, HEAD_DIM: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    TURNS: gl.constexpr,
+
 ):  # fmt: skip
     (
         out_desc, lse_ptr, k_scale_ptr, k_mean_ptr, v_exponent_ptr, v_mean_ptr, q_s, q8_s, k_s, v_s,
-        out_s, q_full, q_free, k_full, k_free, v_full, v_free, turn, num_blocks_ptr, indices_ptr,
+        out_s, q_full, q_free, k_full, k_free, v_full, v_free, num_blocks_ptr, indices_ptr,
         num_heads, num_q, num_kv, num_q_blocks, num_kv_blocks, num_tiles, scale,
     ) = arguments  # fmt: skip
     STEP: gl.constexpr = SLOTS * PAIR
@@ -197,7 +189,6 @@ def _consumer(
     stage = 0
     phase = 0
     q_phase = 0
-    turns = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         head = tile // num_q_blocks
         count = gl.load(num_blocks_ptr + tile)
@@ -223,14 +214,9 @@ def _consumer(
         factor = gl.convert_layout(q_scale * (scale * _LOG2_E), ROW)
 
         mbarrier.wait(k_full.index(stage), phase)
-        if TURNS:
-            mbarrier.wait(turn.index(GROUP), turns & 1)
         zero = gl.zeros([64, STEP], S_TYPE, S)
         k = k_s.index(stage).permute((1, 0))
         token = warpgroup_mma(q8, k, zero, use_acc=False, is_async=True)
-        if TURNS:
-            mbarrier.arrive(turn.index(1 - GROUP), count=1)
-            turns += 1
         s = warpgroup_mma_wait(0, deps=[token]).to(gl.float32)
         mbarrier.arrive(k_free.index(stage), count=1)
         last = gl.load(list_ptr + count - 1, mask=count > 0, other=0)
@@ -247,7 +233,7 @@ def _consumer(
         acc = gl.zeros([64, HEAD_DIM], gl.float32, OUT)
         at -= PAIR
         k0, k1, v0, v1 = _scalars(list_ptr, k_scales, v_exponents, gl.maximum(at, 0), count, PAIR)
-        next_stage, next_phase = _next(stage, phase, STAGES)
+        next_stage, next_phase = advance(stage, phase, STAGES)
         mbarrier.wait(k_full.index(next_stage), next_phase, pred=steps > 1)
         for i in range(1, steps):
             v_stage = stage + 0
@@ -255,16 +241,11 @@ def _consumer(
             stage = next_stage
             phase = next_phase
             weight = _weights(prob, STEP)
-            if TURNS:
-                mbarrier.wait(turn.index(GROUP), turns & 1)
             zero = gl.zeros([64, STEP], S_TYPE, S)
             k = k_s.index(stage).permute((1, 0))
             token = warpgroup_mma(q8, k, zero, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(v_stage), v_phase)
             acc_token = _add_values(weight, v_s, v_stage, acc, PAIR, SLOTS, P)
-            if TURNS:
-                mbarrier.arrive(turn.index(1 - GROUP), count=1)
-                turns += 1
             # Load the scalars of the step after this one while the tensor cores work.
             at -= PAIR
             n0, n1, e0, e1 = _scalars(
@@ -283,7 +264,7 @@ def _consumer(
             if PAIR == 2:
                 k1 = n1
                 v1 = e1
-            next_stage, next_phase = _next(stage, phase, STAGES)
+            next_stage, next_phase = advance(stage, phase, STAGES)
             mbarrier.wait(k_full.index(next_stage), next_phase, pred=i + 1 < steps)
             acc, prob, total, decay = warpgroup_mma_wait(0, deps=[acc_token, prob, total, decay])
             mbarrier.arrive(v_free.index(v_stage), count=1)
@@ -293,7 +274,7 @@ def _consumer(
         acc_token = _add_values(weight, v_s, stage, acc, PAIR, SLOTS, P)
         acc = warpgroup_mma_wait(0, deps=[acc_token])
         mbarrier.arrive(v_free.index(stage), count=1)
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = advance(stage, phase, STAGES)
 
         is_empty = total == 0.0
         total = gl.where(is_empty, 1.0, total)
@@ -320,7 +301,7 @@ def _quantized_attention_fwd(
     num_blocks_ptr, indices_ptr,
     num_heads, num_q, num_kv, num_q_blocks, num_kv_blocks, num_tiles, scale,
     BLOCK_Q: gl.constexpr, SLOTS: gl.constexpr, PAIR: gl.constexpr, HEAD_DIM: gl.constexpr,
-    GROUPS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    GROUPS: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     q8_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, HEAD_DIM], gl.int8)
@@ -335,7 +316,6 @@ def _quantized_attention_fwd(
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_free, count=GROUPS)
     for i in gl.static_range(STAGES):
@@ -343,28 +323,24 @@ def _quantized_attention_fwd(
         mbarrier.init(k_free.index(i), count=GROUPS)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_free.index(i), count=GROUPS)
-    mbarrier.init(turn.index(0), count=1)
-    mbarrier.init(turn.index(1), count=1)
-    if TURNS:
-        mbarrier.arrive(turn.index(0), count=1)
     producer = (
         q_desc, k_desc, v_desc, q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free,
         num_blocks_ptr, indices_ptr, num_heads, num_q_blocks, num_kv_blocks, num_tiles,
     )  # fmt: skip
     consumer = (
         out_desc, lse_ptr, k_scale_ptr, k_mean_ptr, v_exponent_ptr, v_mean_ptr, q_s, q8_s, k_s, v_s,
-        out_s, q_full, q_free, k_full, k_free, v_full, v_free, turn, num_blocks_ptr, indices_ptr,
+        out_s, q_full, q_free, k_full, k_free, v_full, v_free, num_blocks_ptr, indices_ptr,
         num_heads, num_q, num_kv, num_q_blocks, num_kv_blocks, num_tiles, scale,
     )  # fmt: skip
     if GROUPS == 2:
         gl.warp_specialize([
-            (_consumer, (consumer, 0, BLOCK_Q, SLOTS, PAIR, HEAD_DIM, GROUPS, STAGES, TURNS)),
-            (_consumer, (consumer, 1, BLOCK_Q, SLOTS, PAIR, HEAD_DIM, GROUPS, STAGES, TURNS)),
+            (_consumer, (consumer, 0, BLOCK_Q, SLOTS, PAIR, HEAD_DIM, GROUPS, STAGES)),
+            (_consumer, (consumer, 1, BLOCK_Q, SLOTS, PAIR, HEAD_DIM, GROUPS, STAGES)),
             (_producer, (producer, BLOCK_Q, SLOTS, PAIR, HEAD_DIM, GROUPS, STAGES)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consumer, (consumer, 0, BLOCK_Q, SLOTS, PAIR, HEAD_DIM, GROUPS, STAGES, TURNS)),
+            (_consumer, (consumer, 0, BLOCK_Q, SLOTS, PAIR, HEAD_DIM, GROUPS, STAGES)),
             (_producer, (producer, BLOCK_Q, SLOTS, PAIR, HEAD_DIM, GROUPS, STAGES)),
         ], [1], [24])  # fmt: skip
 
@@ -380,7 +356,7 @@ _FWD = {64: _Config(2, 2), 128: _Config(3, 1)}
 
 def forward(q: Tensor, quantized: Quantized, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:
     """Return out [B, H, Sq, D], strided like q, and lse [B, H, Sq] in fp32."""
-    q = _aligned(q)
+    q = aligned(q)
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     config = _FWD[blocks.q_block_size]
@@ -399,7 +375,8 @@ def _arguments(
 ) -> tuple[Any, ...]:
     slots, head_dim = quantized.k.shape[3:]
     return (
-        _rows(q), _slabs(quantized.k, slots), _slabs(quantized.v, head_dim), _rows(out),
+        describe_rows(q, 64), describe_matrix(quantized.k.flatten(0, 3), slots),
+        describe_matrix(quantized.v.flatten(0, 3), head_dim), describe_rows(out, 64),
         quantized.k_scale, quantized.k_mean, quantized.v_exponent, quantized.v_mean, lse,
         blocks.kv_num_blocks, blocks.kv_indices,
         q.shape[1], q.shape[2], quantized.num_tokens, *blocks.kv_indices.shape[2:],
@@ -417,42 +394,7 @@ def _meta(q: Tensor, quantized: Quantized, blocks: Blocks, config: _Config) -> d
         "HEAD_DIM": head_dim,
         "GROUPS": groups,
         "STAGES": config.stages,
-        "TURNS": groups == 2,
         "REGISTERS": 240,
         "num_warps": 4,
         "maxnreg": 168 if config.programs == 1 else 128,
     }
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """Return x, or a contiguous copy where TMA cannot read it: it steps in 16 bytes."""
-    steps = [s for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
-    if x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in steps):
-        return x
-    return x.contiguous()
-
-
-_ELEMENT = {
-    torch.float16: gl.float16,
-    torch.bfloat16: gl.bfloat16,
-    torch.int8: gl.int8,
-    torch.float8_e4m3fn: gl.float8e4nv,
-}
-
-
-def _rows(x: Tensor) -> TensorDescriptor:
-    """Describe x [B, H, S, D] for copies of 64 rows of one head."""
-    box = [1, 1, 64, x.shape[3]]
-    # The stride along a dimension of size 1 means nothing, but must be valid.
-    strides = [s if n > 1 else x.shape[3] for s, n in zip(x.stride(), x.shape, strict=True)]
-    strides[3] = 1
-    layout = gl.NVMMASharedLayout.get_default_for(box, _ELEMENT[x.dtype])
-    return TensorDescriptor(x, list(x.shape), strides, box, layout)
-
-
-def _slabs(x: Tensor, rows: int) -> TensorDescriptor:
-    """Describe contiguous slabs [B, H, Nk, rows, columns] for copies of one slab."""
-    x = x.flatten(0, 3)
-    box = [rows, x.shape[1]]
-    layout = gl.NVMMASharedLayout.get_default_for(box, _ELEMENT[x.dtype])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout)
