@@ -69,14 +69,13 @@ def _forward(q_mean: Tensor, k_mean: Tensor, kv_offsets: Tensor, scale: float) -
     num_kv = k_mean.shape[2]
     score = q_mean.new_empty(batch, num_heads, num_q, num_kv)
     block_d = max(16, power_of_2(head_dim))
-    block_m, block_n = (64, 64) if block_d <= 128 else (16, 32)
+    block_m, block_n = 16, 64 if block_d <= 128 else 32
     with on_device(q_mean.device):
         _block_score_fwd[(ceil_div(num_q, block_m), batch * num_heads)](
             q_mean, k_mean, kv_offsets.contiguous(), score,
             *q_mean.stride()[:3], *k_mean.stride()[:3],
             num_heads, num_q, num_kv, head_dim, scale * _LOG2_E,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
-            num_warps=8 if block_m == 64 else 4, num_stages=1,
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=4, num_stages=1,
         )  # fmt: skip
     return score
 

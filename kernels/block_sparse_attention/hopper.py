@@ -79,34 +79,32 @@ def _copy(desc, b, h, low, high, full, tile, ROWS: gl.constexpr, HALVES: gl.cons
 
 @gluon.jit
 def _num_steps(count, last_rows, STEP: gl.constexpr, BLOCK: gl.constexpr):
-    """How many tiles of STEP rows cover a list of `count` blocks whose last has last_rows rows.
-
-    At least one, which then holds no row.
-    """
+    """How many tiles of STEP rows cover a list of `count` blocks whose last has last_rows rows."""
     if STEP > BLOCK:
         steps = (count + 1) // 2
     elif STEP == BLOCK:
         steps = count
     else:
         steps = (count - 1) * (BLOCK // STEP) + (last_rows + STEP - 1) // STEP
-    return gl.maximum(steps, 1)
+    return gl.maximum(steps, 0)
 
 
 @gluon.jit
-def _step_starts(list_ptr, count, step, past, STEP: gl.constexpr, BLOCK: gl.constexpr):
-    """First rows of the two halves of a tile (of the tile and nothing, unless two blocks fill it).
+def _step_starts(list_ptr, count, step, STEP: gl.constexpr, BLOCK: gl.constexpr):
+    """First rows of the two halves of a tile, which are one unless two blocks fill it.
 
-    A half that no block fills starts past the end of the sequence, where TMA reads 0.
+    A half that no block fills repeats the other, and a list without blocks starts at row 0: what is
+    read there is masked, but is never memory that nobody wrote.
     """
     if STEP > BLOCK:
         first = gl.load(list_ptr + 2 * step, mask=2 * step < count, other=0)
         second = gl.load(list_ptr + 2 * step + 1, mask=2 * step + 1 < count, other=0)
-        low = gl.where(2 * step < count, first * BLOCK, past)
-        high = gl.where(2 * step + 1 < count, second * BLOCK, past)
+        low = first * BLOCK
+        high = gl.where(2 * step + 1 < count, second * BLOCK, low)
     else:
         PARTS: gl.constexpr = BLOCK // STEP
         block = gl.load(list_ptr + step // PARTS, mask=count > 0, other=0)
-        low = gl.where(count > 0, block * BLOCK + step % PARTS * STEP, past)
+        low = block * BLOCK + step % PARTS * STEP
         high = low
     return low, high
 
@@ -152,9 +150,9 @@ def _fwd_producer(
             start = block * BLOCK_Q + i * 64
             tma.async_copy_global_to_shared(q_desc, [b, h, start, 0], q_full, q_s.index(i))
         q_phase ^= 1
-        steps = _num_steps(count, last_rows, STEP, BLOCK_KV)
+        steps = gl.maximum(_num_steps(count, last_rows, STEP, BLOCK_KV), 1)
         for i in range(steps):
-            low, high = _step_starts(list_ptr, count, steps - 1 - i, num_other, STEP, BLOCK_KV)
+            low, high = _step_starts(list_ptr, count, steps - 1 - i, STEP, BLOCK_KV)
             mbarrier.wait(k_free.index(stage), phase)
             _copy(k_desc, b, h, low, high, k_full.index(stage), k_s.index(stage), ROWS, HALVES)
             mbarrier.wait(v_free.index(stage), phase)
@@ -252,7 +250,7 @@ def _fwd_consumer(
     while tile < num_tiles:
         count = _receive(box_s.index(1))
         last_rows = _receive(box_s.index(2))
-        steps = _num_steps(count, last_rows, STEP, BLOCK_KV)
+        steps = gl.maximum(_num_steps(count, last_rows, STEP, BLOCK_KV), 1)
         column_steps = 0
         if COLUMNS:
             column_steps = _num_column_steps(count, num_other_blocks, STEP)
@@ -308,8 +306,10 @@ def _fwd_consumer(
         mbarrier.arrive(v_free.index(stage), count=1)
         stage, phase = advance(stage, phase, STAGES)
 
-        total = gl.where(total == 0.0, 1.0, total)  # no key: out 0, and lse = peak = -inf
-        acc = acc / gl.convert_layout(total, gl.SliceLayout(1, ACC))[:, None]
+        # No key at all: out 0, whatever V was read, and lse = peak = -inf.
+        share = gl.convert_layout(gl.where(total == 0.0, 0.0, 1.0 / total), gl.SliceLayout(1, ACC))
+        acc = gl.where((share == 0.0)[:, None], 0.0, acc * share[:, None])
+        total = gl.where(total == 0.0, 1.0, total)
         head = tile // num_own_blocks
         start = tile % num_own_blocks * BLOCK_Q + GROUP * 64
         row = start + gl.arange(0, 64, layout=gl.SliceLayout(1, LOGITS))
@@ -450,7 +450,7 @@ def _dq_producer(
             tma.async_copy_global_to_shared(grad_desc, [b, h, start, 0], q_full, grad_s.index(i))
         q_phase ^= 1
         for i in range(steps):
-            start, _ = _step_starts(list_ptr, count, i, num_other, 64, BLOCK_KV)
+            start, _ = _step_starts(list_ptr, count, i, 64, BLOCK_KV)
             mbarrier.wait(free.index(stage), phase)
             mbarrier.expect(full.index(stage), BYTES)
             k = k_s.index(stage)
@@ -605,14 +605,13 @@ def _dkv_producer(
         kv_phase ^= 1
         row_tiles = (num_other + 63) // 64
         for i in range(steps):
-            start, _ = _step_starts(list_ptr, count, i, row_tiles * 64, 64, BLOCK_Q)
+            start, _ = _step_starts(list_ptr, count, i, 64, BLOCK_Q)
             mbarrier.wait(free.index(stage), phase)
             bar = full.index(stage)
             mbarrier.expect(bar, BYTES)
             tma.async_copy_global_to_shared(q_desc, [b, h, start, 0], bar, q_s.index(stage))
             tma.async_copy_global_to_shared(grad_desc, [b, h, start, 0], bar, grad_s.index(stage))
-            # A column that no block selects meets one tile of 0: its rows may be any.
-            at = head * row_tiles + gl.minimum(start // 64, row_tiles - 1)
+            at = head * row_tiles + start // 64
             tma.async_copy_global_to_shared(row_desc, [at, 0], bar, row_s.index(stage))
             stage, phase = advance(stage, phase, STAGES)
         slot = _draw(counter_ptr)

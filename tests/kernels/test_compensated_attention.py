@@ -85,7 +85,7 @@ def test_reference_passes_gradcheck_with_bias_and_gate(make_problem: Callable) -
     selected = torch.tensor([[True, False, False], [False, True, True]])[None, None]
     problem = make_problem([2, 1], [2, 0, 3], head_dim=3, selected=selected)
     leaves = [problem.q, problem.k, problem.v, torch.randn(1, 1, 2, 3), torch.randn(1)]
-    leaves = [x.double().requires_grad_() for x in leaves]
+    leaves = [x.to(problem.q.device, torch.float64).requires_grad_() for x in leaves]
 
     def attend(*x: Tensor) -> tuple[Tensor, Tensor]:
         return compensated_attention(*x[:3], problem.blocks, bias=x[3], gate=x[4])

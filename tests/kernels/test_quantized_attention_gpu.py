@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from gossamer.kernels.block_sparse_attention.op import block_sparse_attention
 from gossamer.kernels.blocks import Blocks
 from gossamer.kernels.quantized_attention.op import quantized_block_sparse_attention
 
@@ -53,6 +54,11 @@ def test_a_compiled_backend_equals_the_emulation_and_itself(
     ]
     out, lse = results[0]
     assert (out - expected).float().norm() <= 0.01 * expected.float().norm()
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=2e-3)
+    _, exact_lse = block_sparse_attention(q.double(), (k + 3).double(), v.double(), blocks)
+    seen = exact_lse.isfinite()
+    assert torch.equal(lse.isfinite(), seen)
+    # An int8 may round the other way, so agreement is measured by the error of quantising.
+    own_error = (expected_lse - exact_lse)[seen].norm()
+    assert (lse - expected_lse)[seen].norm() <= 0.5 * own_error + 1e-5
     for other in results[1:]:
         assert torch.equal(other[0], out) and torch.equal(other[1], lse)
