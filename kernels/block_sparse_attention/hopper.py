@@ -2,8 +2,9 @@
 
 The formulas are those of triton.py. A producer warp walks the index lists and keeps a ring of tiles
 full with TMA copies; one or two consumer warpgroups of 64 rows each compute with asynchronous
-wgmma. Programs stay resident and draw their next tile from a counter, so rows of unequal length
-balance. TMA fills rows past the end of the sequence with 0 and drops them on the way out.
+wgmma. Programs stay resident and take every n-th tile. TMA fills rows past the end of the sequence
+with 0 and drops them on the way out. (Tiles drawn from an atomic counter balance no better, and
+the 64-row forward lost some of them when its lists were short; the cause was not found.)
 
 Written for Triton 3.6, whose compiler asks for three habits:
 - The exponentials would sink below the next wgmma wait, and nothing would overlap. So the wait
@@ -58,11 +59,6 @@ def _receive(box):
     """Read the number in box; from a consumer warpgroup."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     return gl.sum(box.load(layout), axis=0)
-
-
-@gluon.jit
-def _draw(counter_ptr):
-    return gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
 
 
 @gluon.jit
@@ -122,7 +118,7 @@ def _fwd_producer(
 ):  # fmt: skip
     (
         q_desc, k_desc, v_desc, k_mean_desc, v_mean_desc, q_s, k_s, v_s, box_s, q_full, q_free,
-        k_full, k_free, v_full, v_free, counter_ptr, num_blocks_ptr, indices_ptr, num_heads,
+        k_full, k_free, v_full, v_free, num_blocks_ptr, indices_ptr, num_heads,
         num_other, num_own_blocks, num_other_blocks, num_tiles,
     ) = arguments  # fmt: skip
     HALVES: gl.constexpr = 2 if STEP > BLOCK_KV else 1
@@ -166,7 +162,7 @@ def _fwd_producer(
                 mbarrier.wait(v_free.index(stage), phase)
                 _copy(v_mean_desc, b, h, at, at, v_full.index(stage), v_s.index(stage), STEP, 1)
                 stage, phase = advance(stage, phase, STAGES)
-        tile = _draw(counter_ptr)
+        tile += gl.num_programs(0)
     mbarrier.wait(q_free, q_phase)
     _send(box_s.index(0), num_tiles)
     mbarrier.arrive(q_full, count=1)
@@ -333,7 +329,7 @@ def _fwd_consumer(
 
 @gluon.jit(do_not_specialize=_RUN_TIME)
 def _block_sparse_attention_fwd(
-    q_desc, k_desc, v_desc, out_desc, k_mean_desc, v_mean_desc, columns_ptr, lse_ptr, counter_ptr,
+    q_desc, k_desc, v_desc, out_desc, k_mean_desc, v_mean_desc, columns_ptr, lse_ptr,
     num_blocks_ptr, indices_ptr, num_heads, num_own, num_other, num_own_blocks, num_other_blocks,
     column_tiles, num_tiles, scale_log2,
     BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr, STEP: gl.constexpr, HEAD_DIM: gl.constexpr,
@@ -367,7 +363,7 @@ def _block_sparse_attention_fwd(
         mbarrier.arrive(turn.index(0), count=1)
     producer = (
         q_desc, k_desc, v_desc, k_mean_desc, v_mean_desc, q_s, k_s, v_s, box_s, q_full, q_free,
-        k_full, k_free, v_full, v_free, counter_ptr, num_blocks_ptr, indices_ptr, num_heads,
+        k_full, k_free, v_full, v_free, num_blocks_ptr, indices_ptr, num_heads,
         num_other, num_own_blocks, num_other_blocks, num_tiles,
     )  # fmt: skip
     consumer = (
@@ -422,7 +418,7 @@ def _dq_producer(
 ):  # fmt: skip
     (
         q_desc, grad_desc, k_desc, v_desc, q_s, grad_s, k_s, v_s, box_s, q_full, q_free, full, free,
-        counter_ptr, num_blocks_ptr, indices_ptr, num_heads, num_other, num_own_blocks,
+        num_blocks_ptr, indices_ptr, num_heads, num_other, num_own_blocks,
         num_other_blocks, num_tiles,
     ) = arguments  # fmt: skip
     Q_BYTES: gl.constexpr = 2 * GROUPS * q_desc.block_type.nbytes
@@ -458,7 +454,7 @@ def _dq_producer(
             tma.async_copy_global_to_shared(k_desc, [b, h, start, 0], full.index(stage), k)
             tma.async_copy_global_to_shared(v_desc, [b, h, start, 0], full.index(stage), v)
             stage, phase = advance(stage, phase, STAGES)
-        tile = _draw(counter_ptr)
+        tile += gl.num_programs(0)
     mbarrier.wait(q_free, q_phase)
     _send(box_s.index(0), num_tiles)
     mbarrier.arrive(q_full, count=1)
@@ -526,7 +522,7 @@ def _dq_consumer(
 
 @gluon.jit(do_not_specialize=_RUN_TIME)
 def _block_sparse_attention_bwd_dq(
-    q_desc, k_desc, v_desc, grad_desc, dq_desc, row_ptr, counter_ptr, num_blocks_ptr, indices_ptr,
+    q_desc, k_desc, v_desc, grad_desc, dq_desc, row_ptr, num_blocks_ptr, indices_ptr,
     num_heads, num_own, num_other, num_own_blocks, num_other_blocks, num_tiles, scale,
     BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr, HEAD_DIM: gl.constexpr, GROUPS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr,
@@ -548,7 +544,7 @@ def _block_sparse_attention_bwd_dq(
         mbarrier.init(free.index(i), count=GROUPS)
     producer = (
         q_desc, grad_desc, k_desc, v_desc, q_s, grad_s, k_s, v_s, box_s, q_full, q_free, full, free,
-        counter_ptr, num_blocks_ptr, indices_ptr, num_heads, num_other, num_own_blocks,
+        num_blocks_ptr, indices_ptr, num_heads, num_other, num_own_blocks,
         num_other_blocks, num_tiles,
     )  # fmt: skip
     consumer = (
@@ -575,7 +571,7 @@ def _dkv_producer(
 ):  # fmt: skip
     (
         q_desc, grad_desc, row_desc, k_desc, v_desc, q_s, grad_s, row_s, k_s, v_s, box_s, kv_full,
-        kv_free, full, free, counter_ptr, order_ptr, num_blocks_ptr, indices_ptr, num_heads,
+        kv_free, full, free, order_ptr, num_blocks_ptr, indices_ptr, num_heads,
         num_other, num_own_blocks, num_other_blocks, num_tiles,
     ) = arguments  # fmt: skip
     KV_BYTES: gl.constexpr = 2 * GROUPS * k_desc.block_type.nbytes
@@ -614,7 +610,7 @@ def _dkv_producer(
             at = head * row_tiles + start // 64
             tma.async_copy_global_to_shared(row_desc, [at, 0], bar, row_s.index(stage))
             stage, phase = advance(stage, phase, STAGES)
-        slot = _draw(counter_ptr)
+        slot += gl.num_programs(0)
     mbarrier.wait(kv_free, kv_phase)
     _send(box_s.index(0), num_tiles)
     mbarrier.arrive(kv_full, count=1)
@@ -687,7 +683,7 @@ def _dkv_consumer(
 
 @gluon.jit(do_not_specialize=_RUN_TIME)
 def _block_sparse_attention_bwd_dkv(
-    q_desc, k_desc, v_desc, grad_desc, row_desc, dk_desc, dv_desc, counter_ptr, order_ptr,
+    q_desc, k_desc, v_desc, grad_desc, row_desc, dk_desc, dv_desc, order_ptr,
     num_blocks_ptr, indices_ptr, num_heads, num_own, num_other, num_own_blocks, num_other_blocks,
     num_tiles, scale,
     BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr, HEAD_DIM: gl.constexpr, GROUPS: gl.constexpr,
@@ -711,7 +707,7 @@ def _block_sparse_attention_bwd_dkv(
         mbarrier.init(free.index(i), count=GROUPS)
     producer = (
         q_desc, grad_desc, row_desc, k_desc, v_desc, q_s, grad_s, row_s, k_s, v_s, box_s, kv_full,
-        kv_free, full, free, counter_ptr, order_ptr, num_blocks_ptr, indices_ptr, num_heads,
+        kv_free, full, free, order_ptr, num_blocks_ptr, indices_ptr, num_heads,
         num_other, num_own_blocks, num_other_blocks, num_tiles,
     )  # fmt: skip
     consumer = (
@@ -777,7 +773,7 @@ def forward(
         columns, column_tiles = centroids.columns, centroids.columns.shape[3] // 128
     with torch.cuda.device(q.device):
         _block_sparse_attention_fwd[_grid(q, num_tiles, config)](
-            *tiles, *means, columns, lse, _counters(q, 1),
+            *tiles, *means, columns, lse,
             blocks.kv_num_blocks, blocks.kv_indices, q.shape[1], q.shape[2], k.shape[2],
             *blocks.kv_indices.shape[2:], column_tiles, num_tiles, scale * _LOG2_E.value,
             STEP=config.step, COLUMNS=centroids is not None,
@@ -803,7 +799,6 @@ def backward(
     num_heads, num_q, num_kv = q.shape[1], q.shape[2], k.shape[2]
     row_tiles = -(-num_q // 64)
     rows = q.new_empty((q.shape[0] * num_heads * row_tiles, 128), dtype=torch.float32)
-    counters = _counters(q, 2)
     q_blocks, kv_blocks = blocks.kv_indices.shape[2:]
     # Longest columns first: one that every q block selects would else end the kernel alone.
     order = blocks.q_num_blocks.flatten().argsort(descending=True, stable=True).to(torch.int32)
@@ -816,7 +811,7 @@ def backward(
         config = _BWD_DQ[blocks.q_block_size]
         num_tiles = blocks.kv_num_blocks.numel()
         _block_sparse_attention_bwd_dq[_grid(q, num_tiles, config)](
-            *tiles, describe_rows(dq, 64), rows, counters, blocks.kv_num_blocks, blocks.kv_indices,
+            *tiles, describe_rows(dq, 64), rows, blocks.kv_num_blocks, blocks.kv_indices,
             num_heads, num_q, num_kv, q_blocks, kv_blocks, num_tiles, scale,
             **_meta(q, blocks, blocks.q_block_size, config),
         )  # fmt: skip
@@ -824,7 +819,7 @@ def backward(
         num_tiles = blocks.q_num_blocks.numel()
         _block_sparse_attention_bwd_dkv[_grid(q, num_tiles, config)](
             *tiles, describe_matrix(rows, 1), describe_rows(dk, 64), describe_rows(dv, 64),
-            counters[1:], order, blocks.q_num_blocks, blocks.q_indices,
+            order, blocks.q_num_blocks, blocks.q_indices,
             num_heads, num_kv, num_q, kv_blocks, q_blocks, num_tiles, scale,
             **_meta(q, blocks, blocks.kv_block_size, config),
         )  # fmt: skip
@@ -848,7 +843,3 @@ def _meta(q: Tensor, blocks: Blocks, own: int, config: _Config) -> dict[str, Any
 def _grid(q: Tensor, num_tiles: int, config: _Config) -> tuple[int]:
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     return (min(processors * config.programs, num_tiles),)
-
-
-def _counters(q: Tensor, number: int) -> Tensor:
-    return torch.zeros(number, dtype=torch.int32, device=q.device)
