@@ -1,6 +1,8 @@
 """Without a GPU, Triton kernels run in the interpreter; empty tensors are poisoned with NaN."""
 
+import logging
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -19,6 +21,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Iterator[None]:
+    """A command run in this process sets up logging; take that back."""
+    logger = logging.getLogger("gossamer")
+    before = (logger.level, list(logger.handlers), logger.propagate)
+    yield
+    logger.level, logger.handlers, logger.propagate = before
 
 
 @pytest.fixture

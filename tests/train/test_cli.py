@@ -3,7 +3,6 @@
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -14,14 +13,6 @@ from gossamer.train.cli import VERBS, main
 from gossamer.train.refusal import Refusal
 
 STAGES = ["encode", "calibrate", "train", "evaluate", "export", "report"]
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging() -> Iterator[None]:
-    logger = logging.getLogger("gossamer")
-    before = (logger.level, list(logger.handlers), logger.propagate)
-    yield
-    logger.level, logger.handlers, logger.propagate = before
 
 
 @pytest.fixture

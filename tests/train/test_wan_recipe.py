@@ -1,9 +1,7 @@
 """The Wan recipe: true configs through `gossamer check`, a tiny pipeline through the whole job."""
 
 import json
-import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +43,6 @@ VAE = {
     "temperal_downsample": [False, True, True],
     "z_dim": 16,
 }
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging() -> Iterator[None]:
-    logger = logging.getLogger("gossamer")
-    before = (logger.level, list(logger.handlers), logger.propagate)
-    yield
-    logger.level, logger.handlers, logger.propagate = before
 
 
 @pytest.fixture
