@@ -3,8 +3,8 @@
 The formulas are those of triton.py. A producer warp walks the index lists and keeps a ring of tiles
 full with TMA copies; one or two consumer warpgroups of 64 rows each compute with asynchronous
 wgmma. Programs stay resident and take every n-th tile. TMA fills rows past the end of the sequence
-with 0 and drops them on the way out. (Tiles drawn from an atomic counter balance no better, and
-the 64-row forward lost some of them when its lists were short; the cause was not found.)
+with 0 and drops them on the way out. (Tiles drawn from an atomic counter balance skewed rows a
+little better, but the 64-row forward lost some when lists were short; the cause was not found.)
 
 Written for Triton 3.6, whose compiler asks for three habits:
 - The exponentials would sink below the next wgmma wait, and nothing would overlap. So the wait
