@@ -4,8 +4,10 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from gossamer import __version__
+from gossamer.train.interrupt import Terminated, terminable
 from gossamer.train.refusal import Refusal
 from gossamer.train.suggest import nearest
 
@@ -25,14 +27,16 @@ FLAGS = {
     "--cfg": "print the composed config with a comment per key, and stop",
     "--version": "print the version, and stop",
 }
-REFUSED, INTERRUPTED = 2, 130
+REFUSED, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 2 for bad input, 130 for Ctrl-C."""
+    """Run one verb and return the exit code: 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
     arguments = ["--help" if a == "-h" else a for a in (sys.argv[1:] if argv is None else argv)]
     try:
-        return _dispatch(arguments)
+        # The other processes of a run may wait in a collective, where no handler would run.
+        with terminable() if _is_first() else nullcontext():
+            return _dispatch(arguments)
     except Refusal as refusal:
         if "debug=true" in (argument.lower() for argument in arguments):
             raise
@@ -41,6 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
+    except Terminated:
+        sys.stderr.write("terminated\n")
+        return TERMINATED
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -133,8 +144,7 @@ def _set_up_logging() -> None:
         os.environ.setdefault(name, "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logger = logging.getLogger("gossamer")
-    is_first = os.environ.get("RANK", "0") == "0"
-    logger.setLevel(logging.INFO if is_first else logging.WARNING)
+    logger.setLevel(logging.INFO if _is_first() else logging.WARNING)
     if not logger.handlers:
         handler = _BesideBars()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

@@ -19,6 +19,7 @@ from gossamer.sparse.attention import SparseAttention
 from gossamer.train import checkpoint
 from gossamer.train.data.dataset import BatchSchedule, batches
 from gossamer.train.distiller import Distiller
+from gossamer.train.interrupt import Stop, stoppable
 from gossamer.train.processes import agreed
 from gossamer.train.refusal import Refusal
 from gossamer.train.trackers import MetricsLog, Tracker
@@ -141,7 +142,12 @@ def train(
     tracker: Tracker,
     title: str = "train",
 ) -> Progress:
-    """Train the student up to settings.steps, from the newest checkpoint of `folder` if any."""
+    """Train the student up to settings.steps, from the newest checkpoint of `folder` if any.
+
+    The first SIGTERM or SIGINT, to any process, lets the step finish, saves it and raises
+    SystemExit of 143 or 130; `accelerate launch` then ends with a code of its own. A second one
+    ends the process at once.
+    """
     checkpoints = folder / "checkpoints"
     student = distiller.student.to(accelerator.device).train()
     parameters = [p for p in student.parameters() if p.requires_grad]
@@ -183,15 +189,15 @@ def train(
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    with bar:
-        for metrics in _steps(wrapped, data, accelerator, progress, settings):
+    with bar, stoppable() as stop:
+        for metrics in _steps(wrapped, data, accelerator, progress, settings, stop):
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.4g}")
             if rows is not None:
                 rows.append({"step": progress.step, **metrics})
                 if progress.step % settings.log_every == 0:
                     tracker.log(progress.step, metrics)
-            last = progress.step == settings.steps
+            last = progress.step == settings.steps or stop.agreed is not None
             if progress.step % settings.checkpoint_every == 0 or last:
                 saved = True
                 if rows is not None:
@@ -202,6 +208,15 @@ def train(
                     raise Refusal(
                         "checkpoints", checkpoints, "a disk that takes them", "free some space"
                     )
+            if stop.agreed is not None:
+                log.info(
+                    "stopped by %s: step %d of %d is saved in %s; the same command goes on from it",
+                    stop.agreed.name,
+                    progress.step,
+                    settings.steps,
+                    checkpoints,
+                )
+                raise SystemExit(128 + stop.agreed)
     return progress
 
 
@@ -211,6 +226,7 @@ def _steps(
     accelerator: Accelerator,
     progress: Progress,
     settings: TrainSettings,
+    stop: Stop,
 ) -> Iterator[dict[str, float]]:
     """Do one optimizer step at a time and yield its metrics."""
     parameters = list(progress.named_parameters().values())
@@ -235,7 +251,10 @@ def _steps(
                 loss = torch.stack(list(losses.values())).sum() / settings.grad_accumulation
                 accelerator.backward(loss)
             total += loss.detach()
-        loss_value = float(accelerator.reduce(total, "mean"))
+        # float() waits for this step, so that a signal during it still counts
+        shared = torch.tensor([float(total), *stop.votes], device=accelerator.device)
+        loss_value, *votes = accelerator.reduce(shared, "mean").tolist()
+        stop.agree(votes)
         norm = float(nn.utils.clip_grad_norm_(parameters, settings.clip))
         for name, value in (("loss", loss_value), ("grad_norm", norm)):
             if not math.isfinite(value):

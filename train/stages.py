@@ -121,14 +121,18 @@ def train_stage(job: "Job") -> None:
         if job.cfg.compile:
             for block in student.blocks:
                 block.compile()
-        loop.train(
-            Distiller(student, teacher, loss, job.noise, seed),
-            dataset,
-            job.accelerator,
-            settings,
-            folder=folder,
-            tracker=tracker,
-            title=f"train seed {seed}",
-        )
+        try:
+            loop.train(
+                Distiller(student, teacher, loss, job.noise, seed),
+                dataset,
+                job.accelerator,
+                settings,
+                folder=folder,
+                tracker=tracker,
+                title=f"train seed {seed}",
+            )
+        except SystemExit:  # stopped between two steps
+            tracker.finish()
+            raise
         tracker.finish()
         job.accelerator.free_memory()

@@ -105,8 +105,11 @@ class Running:
     def wait(self) -> Done:
         return Done(self.wait_for(self.pid), self.log.read_text(errors="replace"))
 
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)  # not yet waited for, so the id is still this job's
+
     def kill(self) -> Done:
-        os.kill(self.pid, signal.SIGKILL)  # not yet waited for, so the id is still this job's
+        self.send(signal.SIGKILL)
         return self.wait()
 
 
@@ -141,18 +144,20 @@ class Launcher:
     def run(self, overrides: list[str], **options: object) -> Done:
         return self.start(overrides, **options).wait()  # type: ignore[arg-type]
 
-    def ranks(self, overrides: list[str], **options: object) -> list[Done]:
-        """Run one job in two processes with torchrun's environment; options are the first's."""
+    def start_ranks(self, overrides: list[str], **options: object) -> list[Running]:
+        """Start one job in two processes with torchrun's environment; options are the first's."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         first, second = ({**common, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")
-        jobs = [
+        return [
             self.start(overrides, env=first, **options),  # type: ignore[arg-type]
             self.start(overrides, env=second),
         ]
-        return [job.wait() for job in jobs]
+
+    def ranks(self, overrides: list[str], **options: object) -> list[Done]:
+        return [job.wait() for job in self.start_ranks(overrides, **options)]
 
     def close(self) -> None:
         assert self._server.stdin is not None

@@ -31,6 +31,7 @@ def run(
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
     if hide:
         sys.modules[hide] = None  # type: ignore[assignment]
     if fault is not None:

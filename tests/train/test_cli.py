@@ -1,6 +1,8 @@
 """The command line: verbs reach their functions, bad input is one line and exit code 2."""
 
 import logging
+import os
+import signal
 import subprocess
 import sys
 from types import ModuleType
@@ -77,6 +79,19 @@ def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, calls: list) -> 
 
     monkeypatch.setattr(sys.modules["gossamer.train.job"], "run", interrupted)
     assert main(["train"]) == 130
+
+
+def test_sigterm_exits_with_143_and_one_line(
+    monkeypatch: pytest.MonkeyPatch, calls: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def terminated(cfg: DictConfig, stages: list[str]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(sys.modules["gossamer.train.job"], "run", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["encode"]) == 143
+    assert capsys.readouterr().err == "terminated\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_help_names_every_verb_and_the_verbs_own_names_the_groups(

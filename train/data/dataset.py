@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gossamer.train.data.shards import MANIFEST, Manifest, from_bytes
+from gossamer.train.interrupt import leave_to_parent
 from gossamer.train.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ def batches(
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=leave_to_parent,
     )
     return iter(loader)
 
