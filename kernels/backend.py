@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 
 def choose_backend(
@@ -54,6 +55,11 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def unit_inner_stride(x: Tensor) -> Tensor:
+    """Return x, or a contiguous copy where its last dimension has gaps."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -12,8 +12,13 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: floa
     """Raise ValueError unless q, k, v and blocks belong together; return the scale to use."""
     _check_qkv(q, k, v)
     _check_blocks(blocks, q, k)
+    return check_scale(scale, q.shape[-1])
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """Return the scale to use, 1 / sqrt(head dim) for None; ValueError unless finite and > 0."""
     if scale is None:
-        return q.shape[-1] ** -0.5
+        return head_dim**-0.5
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(
             f"scale must be finite and > 0, got {scale}; leave it out for 1 / sqrt(head dim)"

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from gossamer.kernels.block_sparse_attention.op import choose_backend
+from gossamer.kernels.block_sparse_attention.op import backend_for, choose_backend
 from gossamer.kernels.blocks import Blocks
 from gossamer.kernels.dense_attention.op import dense_attention
 from gossamer.sparse.layout import BlockLayout, Layout, TokenGrid, permute_qkv
@@ -83,7 +83,7 @@ class SparseAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         """Return attention of q, k, v [B, H, S, D], in block order, under the mask."""
-        backend = _backend(self.backend, q, mask)
+        backend = backend_for(self.backend, q, mask.blocks)
         if not torch.compiler.is_compiling():
             _say(backend, tuple(q.shape[1:]), q.dtype)
         return self.compensation(q, k, v, mask.blocks, backend)
@@ -106,18 +106,6 @@ def check_backend(
         q_block_size=q_block,
         kv_block_size=kv_block,
         is_uniform=True,
-    )
-
-
-def _backend(name: str, q: Tensor, mask: BlockMask) -> str:
-    return choose_backend(
-        name,
-        head_dim=q.shape[-1],
-        dtype=q.dtype,
-        device=q.device,
-        q_block_size=mask.q_layout.block_size,
-        kv_block_size=mask.kv_layout.block_size,
-        is_uniform=mask.q_layout.is_uniform and mask.kv_layout.is_uniform,
     )
 
 

@@ -1,11 +1,10 @@
 """Attention between block means: how much each kv block is worth to each q block."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..backend import choose_backend
+from ..check import check_scale
 
 _MAX_HEAD_DIM = 256
 
@@ -50,12 +49,7 @@ def block_score(
             f"kv_offsets must have {k_mean.shape[2] + 1} entries on {k_mean.device}, got "
             f"{list(kv_offsets.shape)} on {kv_offsets.device}; take both from one block layout"
         )
-    if scale is None:
-        scale = q_mean.shape[3] ** -0.5
-    elif not (math.isfinite(scale) and scale > 0):
-        raise ValueError(
-            f"scale must be finite and > 0, got {scale}; leave it out for 1 / sqrt(head dim)"
-        )
+    scale = check_scale(scale, q_mean.shape[3])
     match choose_backend(backend, q_mean.device, q_mean.dtype):
         case "reference":
             from .reference import forward

@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..backend import on_device
 from ..blocks import Blocks
 from ..tma import advance, aligned, describe_matrix, describe_rows
 
@@ -771,7 +772,7 @@ def forward(
     else:
         means = [describe_rows(x, config.step) for x in (centroids.k, centroids.v)]
         columns, column_tiles = centroids.columns, centroids.columns.shape[3] // 128
-    with torch.cuda.device(q.device):
+    with on_device(q.device):
         _block_sparse_attention_fwd[_grid(q, num_tiles, config)](
             *tiles, *means, columns, lse,
             blocks.kv_num_blocks, blocks.kv_indices, q.shape[1], q.shape[2], k.shape[2],
@@ -802,7 +803,7 @@ def backward(
     q_blocks, kv_blocks = blocks.kv_indices.shape[2:]
     # Longest columns first: one that every q block selects would else end the kernel alone.
     order = blocks.q_num_blocks.flatten().argsort(descending=True, stable=True).to(torch.int32)
-    with torch.cuda.device(q.device):
+    with on_device(q.device):
         _delta[(row_tiles, q.shape[0] * num_heads)](
             out, grad_out, lse, grad_lse, rows, *out.stride()[:3], *grad_out.stride()[:3],
             num_heads, num_q, row_tiles, HEAD_DIM=q.shape[-1],

@@ -39,15 +39,7 @@ def block_sparse_attention(
         ValueError: naming field, value, allowed values and the fix, before any work.
     """
     scale = check_attention(q, k, v, blocks, scale)
-    backend = choose_backend(
-        backend,
-        head_dim=q.shape[-1],
-        dtype=q.dtype,
-        device=q.device,
-        q_block_size=blocks.q_block_size,
-        kv_block_size=blocks.kv_block_size,
-        is_uniform=blocks.is_uniform,
-    )
+    backend = backend_for(backend, q, blocks)
     match backend:
         case "reference":
             from . import reference
@@ -57,6 +49,19 @@ def block_sparse_attention(
             from . import operator
 
             return operator.forward(q, k, v, blocks, scale, backend)
+
+
+def backend_for(backend: str, q: Tensor, blocks: Blocks) -> str:
+    """Return what `choose_backend` says for q [B, H, Sq, D] and blocks."""
+    return choose_backend(
+        backend,
+        head_dim=q.shape[-1],
+        dtype=q.dtype,
+        device=q.device,
+        q_block_size=blocks.q_block_size,
+        kv_block_size=blocks.kv_block_size,
+        is_uniform=blocks.is_uniform,
+    )
 
 
 def choose_backend(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backend import unit_inner_stride
 from ..blocks import Blocks
 
 
@@ -116,7 +117,3 @@ def forward(
         blocks.q_offsets, blocks.kv_offsets, blocks.q_block_size, blocks.kv_block_size,
         blocks.is_uniform, scale, backend,
     )  # fmt: skip
-
-
-def unit_inner_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -10,14 +10,14 @@ nothing else is rounded before the outputs. A program owns at most `own` rows of
 the other side's blocks `step` rows at a time; rows past the end of a block are masked.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import on_device
 from ..blocks import Blocks
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -298,11 +298,6 @@ def _meta(q: Tensor, own: _Side, query: _Side, key: _Side, num_stages: int) -> d
     }
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    # Triton launches on the current device, which need not be the tensors'.
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _counts(q: Tensor, blocks: Blocks) -> tuple[int, int, int, int]:
     return q.shape[1], q.shape[2], *blocks.kv_indices.shape[2:]
 
@@ -315,7 +310,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> tu
     tiles = _FWD[q.element_size()]
     query = _Side.cut(q.shape[2], num_q_blocks, blocks.q_block_size, tiles.own)
     key = _Side.cut(k.shape[2], num_kv_blocks, blocks.kv_block_size, tiles.step)
-    with _on(q.device):
+    with on_device(q.device):
         _block_sparse_attention_fwd[(num_q_blocks * query.parts, q.shape[0] * q.shape[1])](
             q, k, v, out, lse,
             blocks.kv_num_blocks, blocks.kv_indices, blocks.q_offsets, blocks.kv_offsets,
@@ -343,7 +338,7 @@ def backward(
     num_q_blocks, num_kv_blocks = blocks.kv_indices.shape[2:]
     num_heads = q.shape[0] * q.shape[1]
     scales = (scale, scale * _LOG2_E.value)
-    with _on(q.device):
+    with on_device(q.device):
         tiles = _BWD_DQ[q.element_size()]
         query = _Side.cut(q.shape[2], num_q_blocks, blocks.q_block_size, tiles.own)
         key = _Side.cut(k.shape[2], num_kv_blocks, blocks.kv_block_size, tiles.step)

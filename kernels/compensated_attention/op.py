@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..block_sparse_attention.op import choose_backend
+from ..block_sparse_attention.op import backend_for
 from ..blocks import Blocks
 from ..check import check_attention
 
@@ -44,15 +44,7 @@ def compensated_attention(
     pairs = blocks.kv_indices.shape
     _check_logit("bias", bias, tuple(pairs), q)
     _check_logit("gate", gate, (q.shape[1],), q)
-    backend = choose_backend(
-        backend,
-        head_dim=q.shape[-1],
-        dtype=q.dtype,
-        device=q.device,
-        q_block_size=blocks.q_block_size,
-        kv_block_size=blocks.kv_block_size,
-        is_uniform=blocks.is_uniform,
-    )
+    backend = backend_for(backend, q, blocks)
     if gate is not None:
         gate = gate[:, None, None]  # [H, 1, 1]
         bias = gate.expand(pairs) if bias is None else bias + gate

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backend import unit_inner_stride
 from ..block_pool.op import block_mean_pair
-from ..block_sparse_attention.operator import kernels_of, record, unit_inner_stride
+from ..block_sparse_attention.operator import kernels_of, record
 from ..blocks import Blocks
 
 

@@ -1,13 +1,11 @@
 """Block-sparse attention in INT8 or FP8, for inference: no gradient flows through it."""
 
-import math
-
 import torch
 from torch import Tensor
 
-from ..block_sparse_attention.op import choose_backend
+from ..block_sparse_attention.op import backend_for
 from ..blocks import Blocks
-from ..check import check_attention, check_offsets
+from ..check import check_attention, check_offsets, check_scale
 from ..quantized import Quantized
 
 BACKENDS = ("reference", "triton", "hopper")
@@ -106,12 +104,7 @@ def attend_quantized(
 
     `quantized` must come from `quantize` with the same kv blocks; the selection may differ.
     """
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    elif not (math.isfinite(scale) and scale > 0):
-        raise ValueError(
-            f"scale must be finite and > 0, got {scale}; leave it out for 1 / sqrt(head dim)"
-        )
+    scale = check_scale(scale, q.shape[-1])
     _check_inputs(q)
     check_offsets("blocks.q_offsets", blocks.q_offsets, q, blocks.q_block_size)
     pv = "fp8" if quantized.v.dtype == torch.float8_e4m3fn else "none"
@@ -152,15 +145,7 @@ def _check_inputs(*tensors: Tensor) -> None:
 
 
 def _choose_backend(backend: str, x: Tensor, blocks: Blocks, pv: str) -> str:
-    chosen = choose_backend(
-        backend,
-        head_dim=x.shape[-1],
-        dtype=x.dtype,
-        device=x.device,
-        q_block_size=blocks.q_block_size,
-        kv_block_size=blocks.kv_block_size,
-        is_uniform=blocks.is_uniform,
-    )
+    chosen = backend_for(backend, x, blocks)
     if chosen == "triton" and x.shape[-1] not in _HEAD_DIMS:
         raise ValueError(
             f"head dim must be one of {_HEAD_DIMS} for backend 'triton', got {x.shape[-1]}; "

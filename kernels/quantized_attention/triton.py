@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import on_device
+from ..backend import on_device, unit_inner_stride
 from ..blocks import Blocks
 from ..quantized import MAX_SAMPLE, MIN_SCALE, PEAK_EXPONENT, Quantized, sample_step
 
@@ -241,10 +241,6 @@ class _Tiles(NamedTuple):
 _FWD = _Tiles(128, 64, 4, 3)
 
 
-def _unit_inner_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def empty_quantized(
     k: Tensor, kv_offsets: Tensor, kv_block_size: int, qk: str, pv: str
 ) -> tuple[Tensor, ...]:
@@ -264,7 +260,7 @@ def quantize(
     k: Tensor, v: Tensor, kv_offsets: Tensor, kv_block_size: int, qk: str, pv: str
 ) -> tuple[Tensor, ...]:
     """Return the tensors of a Quantized record, its v empty where pv is "none"."""
-    k, v = _unit_inner_stride(k), _unit_inner_stride(v)
+    k, v = unit_inner_stride(k), unit_inner_stride(v)
     results = empty_quantized(k, kv_offsets, kv_block_size, qk, pv)
     batch, heads, num_kv, head_dim = k.shape
     num_blocks = kv_offsets.shape[0] - 1
@@ -287,7 +283,7 @@ def quantize(
 
 def forward(q: Tensor, quantized: Quantized, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:
     """Return out [B, H, Sq, D], strided like q, and lse [B, H, Sq] in fp32."""
-    q, v = _unit_inner_stride(q), _unit_inner_stride(quantized.v)
+    q, v = unit_inner_stride(q), unit_inner_stride(quantized.v)
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     num_q_blocks, num_kv_blocks = blocks.kv_indices.shape[2:]
