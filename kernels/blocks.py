@@ -20,8 +20,8 @@ class Blocks:
         kv_indices: [B, H, Nq, Nk], those kv blocks in ascending order; 0 past the count.
         q_num_blocks: [B, H, Nk], how many q blocks attend to each kv block.
         q_indices: [B, H, Nk, Nq], those q blocks in ascending order; 0 past the count.
-        q_offsets: [Nq + 1], first token of each q block.
-        kv_offsets: [Nk + 1], first token of each kv block.
+        q_offsets: first token of each q block, [Nq + 1], or [B, H, Nq + 1] for one per head.
+        kv_offsets: first token of each kv block, [Nk + 1] or [B, H, Nk + 1].
         q_block_size: tokens of the largest q block.
         kv_block_size: tokens of the largest kv block.
         is_uniform: on both sides every block but the last holds block_size tokens.
@@ -48,7 +48,7 @@ class Blocks:
         is_uniform: bool = False,
     ) -> "Blocks":
         """Build both lists from selected, bool [B, H, Nq, Nk]; deterministic, no sync."""
-        expected = (q_offsets.numel() - 1, kv_offsets.numel() - 1)
+        expected = (q_offsets.shape[-1] - 1, kv_offsets.shape[-1] - 1)
         if selected.dtype != torch.bool or selected.ndim != 4 or selected.shape[2:] != expected:
             raise ValueError(
                 f"selected must be bool [B, H, {expected[0]}, {expected[1]}] to match the offsets, "
@@ -77,6 +77,7 @@ class Blocks:
 
 
 def block_of_token(offsets: Tensor, num_tokens: int) -> Tensor:
-    """Return the block of each token, int64 [num_tokens], for offsets [N + 1]; no sync."""
+    """Return the block of each token, int64 [..., num_tokens], of offsets [..., N + 1]; no sync."""
     token = torch.arange(num_tokens, dtype=offsets.dtype, device=offsets.device)
-    return torch.searchsorted(offsets[1:], token, right=True)
+    token = token.expand(*offsets.shape[:-1], num_tokens).contiguous()
+    return torch.searchsorted(offsets[..., 1:].contiguous(), token, right=True)

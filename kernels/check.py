@@ -27,13 +27,16 @@ def check_scale(scale: float | None, head_dim: int) -> float:
 
 
 def check_offsets(name: str, offsets: Tensor, x: Tensor, block_size: int) -> None:
-    """Raise ValueError unless offsets [N + 1] cut x [B, H, S, D] into blocks of at most block_size.
+    """Raise ValueError unless offsets cut x [B, H, S, D] into blocks of at most block_size.
 
-    The values are looked at on the CPU only; on another device that would wait for it.
+    They are [N + 1], or [B, H, N + 1] where each head has its own. The values are looked at on the
+    CPU only; on another device that would wait for it.
     """
-    if offsets.ndim != 1 or offsets.numel() < 2 or offsets.dtype not in (torch.int32, torch.int64):
+    is_shaped = offsets.ndim > 0 and offsets.shape[:-1] in ((), x.shape[:2])
+    is_index = offsets.dtype in (torch.int32, torch.int64)
+    if not is_shaped or offsets.shape[-1] < 2 or not is_index:
         raise ValueError(
-            f"{name} must be a 1-D int32 or int64 tensor of at least 2 entries, "
+            f"{name} must be int32 or int64 [N + 1] or {[*x.shape[:2], 'N + 1']} with N >= 1, "
             f"got {offsets.dtype} {list(offsets.shape)}; take it from a block layout"
         )
     if offsets.device != x.device:
@@ -46,12 +49,14 @@ def check_offsets(name: str, offsets: Tensor, x: Tensor, block_size: int) -> Non
         )
     if offsets.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    ends, sizes = (int(offsets[0]), int(offsets[-1])), offsets.diff()
-    if ends != (0, x.shape[2]) or sizes.min() < 0 or sizes.max() > block_size:
+    first, last, sizes = offsets[..., 0], offsets[..., -1], offsets.diff()
+    ends_fit = bool((first == 0).all() and (last == x.shape[2]).all())
+    if not ends_fit or sizes.min() < 0 or sizes.max() > block_size:
         raise ValueError(
             f"{name} must rise from 0 to the {x.shape[2]} tokens in steps of at most block_size "
-            f"{block_size}, got {ends[0]} to {ends[1]} in steps of {int(sizes.min())} to "
-            f"{int(sizes.max())}; build offsets and block size from the same layout"
+            f"{block_size}, got {int(first.max())} to {int(last.min())} in steps of "
+            f"{int(sizes.min())} to {int(sizes.max())}; build offsets and block size from the same "
+            "layout"
         )
 
 
@@ -81,7 +86,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _check_blocks(blocks: Blocks, q: Tensor, k: Tensor) -> None:
     check_offsets("blocks.q_offsets", blocks.q_offsets, q, blocks.q_block_size)
     check_offsets("blocks.kv_offsets", blocks.kv_offsets, k, blocks.kv_block_size)
-    rows, columns = blocks.q_offsets.numel() - 1, blocks.kv_offsets.numel() - 1
+    rows, columns = blocks.q_offsets.shape[-1] - 1, blocks.kv_offsets.shape[-1] - 1
     expected = {
         "kv_num_blocks": (*q.shape[:2], rows),
         "kv_indices": (*q.shape[:2], rows, columns),

@@ -29,9 +29,10 @@ def masked_attention(
 
     Args:
         bias: [B, H, R, C] added to the logits of each block pair; differentiable as well.
-        row: int64 [Sq], the row of `bias` that holds each query.
-        column: int64 [Sk], the column of `bias` that holds each key.
+        row: int64 [Sq] or [B, H, Sq], the row of `bias` that holds each query.
+        column: int64 [Sk] or [B, H, Sk], the column of `bias` that holds each key.
     """
+    row, column = (x.expand(*q.shape[:2], x.shape[-1]) for x in (row, column))
     return _MaskedAttention.apply(q, k, v, bias, row, column, scale)
 
 
@@ -49,6 +50,19 @@ def _logits(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
     return bias.baddbmm_(q, k.transpose(1, 2), alpha=scale)
 
 
+def _along(index: Tensor, x: Tensor, dim: int) -> Tensor:
+    """Repeat index along one dimension of x, for gather."""
+    shape = [-1] * x.ndim
+    shape[dim] = x.shape[dim]
+    return index.unsqueeze(dim).expand(shape)
+
+
+def _by_token(bias: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Return bias [h, R, C] for each query and key, [h, Sq, Sk]; row [h, Sq], column [h, Sk]."""
+    by_key = bias.gather(2, _along(column, bias, 1))  # [h, R, Sk]
+    return by_key.gather(1, _along(row, by_key, 2))
+
+
 class _MaskedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -63,15 +77,18 @@ class _MaskedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         # Rows that see no key go through the softmax with a bias of 0 and are overwritten after it.
-        blind = (bias == float("-inf"))[..., column].all(-1)  # [B, H, R]
+        hidden = bias == float("-inf")
+        blind = hidden.gather(3, _along(column, hidden, 2)).all(-1)  # [B, H, R]
         bias = bias.to(dtype).masked_fill(blind[..., None], 0)
-        blind = blind[..., row]  # [B, H, Sq]
+        blind = blind.gather(2, row)  # [B, H, Sq]
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:3], dtype=dtype)
         with torch.autocast(q.device.type, enabled=False):
             for at in _heads_at_once(q, k):
                 q_, k_, v_ = (x[at].to(dtype) for x in (q, k, v))  # [h, S, D]
-                logits = _logits(q_, k_, bias[at][..., column][:, row], scale)  # [h, Sq, Sk]
+                logits = _logits(
+                    q_, k_, _by_token(bias[at], row[at], column[at]), scale
+                )  # [h, Sq, Sk]
                 prob = logits.softmax(-1)
                 lse[at] = logits.amax(-1) - prob.amax(-1).log()
                 out[at] = torch.bmm(prob, v_)
@@ -91,21 +108,22 @@ class _MaskedAttention(torch.autograd.Function):
         dbias = None
         if ctx.needs_input_grad[3]:
             dbias = torch.empty_like(bias)
-            in_row, in_column = (
-                (x == torch.arange(n, device=x.device)[:, None]).to(bias.dtype)  # [n, S]
-                for x, n in zip((row, column), bias.shape[2:], strict=True)
-            )
         grad_out = grad_out.to(bias.dtype).masked_fill(blind[..., None], 0)
         delta = (grad_out * out).sum(-1).sub_(grad_lse).masked_fill_(blind, 0)  # [B, H, Sq]
         with torch.autocast(q.device.type, enabled=False):
             for at in _heads_at_once(q, k):
                 q_, k_, v_ = (x[at].to(bias.dtype) for x in (q, k, v))
-                prob = _logits(q_, k_, bias[at][..., column][:, row], ctx.scale).softmax(-1)
+                logits = _logits(q_, k_, _by_token(bias[at], row[at], column[at]), ctx.scale)
+                prob = logits.softmax(-1)
                 dv[at] = torch.bmm(prob.transpose(1, 2), grad_out[at])
                 grad = torch.bmm(grad_out[at], v_.transpose(1, 2))
                 grad.sub_(delta[at].unsqueeze(-1)).mul_(prob)
                 dq[at] = torch.bmm(grad, k_).mul_(ctx.scale)
                 dk[at] = torch.bmm(grad.transpose(1, 2), q_).mul_(ctx.scale)
                 if dbias is not None:
-                    dbias[at] = in_row @ grad @ in_column.T
+                    in_row, in_column = (
+                        (x[at][:, None] == torch.arange(n, device=x.device)[:, None]).to(grad.dtype)
+                        for x, n in zip((row, column), bias.shape[2:], strict=True)
+                    )  # [h, n, S]
+                    dbias[at] = in_row @ grad @ in_column.transpose(1, 2)
         return dq, dk, dv, dbias, None, None, None

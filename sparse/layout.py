@@ -38,25 +38,25 @@ class TokenGrid:
 
 @dataclass(frozen=True, eq=False)
 class BlockLayout:
-    """One partition of the tokens into blocks.
+    """One partition of the tokens into blocks, shared by all heads or one for each.
 
-    `order` [S] lists the token at each position (None keeps the sequence order); block b holds
-    the positions offsets[b] to offsets[b + 1]; `text` [N] marks blocks of text, which stay dense.
+    `order` lists the token at each position (None keeps the sequence order); block b holds the
+    positions offsets[b] to offsets[b + 1]; `text` marks blocks of text, which stay dense.
     """
 
-    offsets: Tensor  # int32 [N + 1]
-    block_size: int  # tokens of the largest block
-    order: Tensor | None = None  # int64 [S]
+    offsets: Tensor  # int32 [N + 1] or [B, H, N + 1]
+    block_size: int  # tokens of the largest block, or more
+    order: Tensor | None = None  # int64 [S] or [B, H, S]
     text: Tensor | None = None  # bool [N]
     is_uniform: bool = False  # every block but the last holds block_size tokens
 
     @property
     def num_blocks(self) -> int:
-        return self.offsets.numel() - 1
+        return self.offsets.shape[-1] - 1
 
     @cached_property
     def sizes(self) -> Tensor:
-        """Return the true token count of each block, int64 [N]."""
+        """Return the true token count of each block, int64 [N] or [B, H, N]."""
         return self.offsets.diff().long()
 
     def permute(self, x: Tensor) -> Tensor:

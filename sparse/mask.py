@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from gossamer.kernels.blocks import Blocks
@@ -31,14 +30,14 @@ class BlockMask:
     def density(self) -> Tensor:
         """Return the share of real query-key token pairs computed exactly, fp64 [B, H]."""
         q_sizes, kv_sizes = self.q_layout.sizes.double(), self.kv_layout.sizes.double()
-        pairs = torch.einsum("bhqk,q,k->bh", self.selected.double(), q_sizes, kv_sizes)
-        return pairs / (q_sizes.sum() * kv_sizes.sum())
+        kept = (self.selected.double() @ kv_sizes[..., None]).squeeze(-1)  # [B, H, Nq]
+        return (kept * q_sizes).sum(-1) / (q_sizes.sum(-1) * kv_sizes.sum(-1))
 
     def captured(self, mass: Tensor) -> Tensor:
         """Return the share of attention mass [B, H, Nq, Nk] that is selected, fp32 [B, H]."""
         kept = (mass * self.selected).sum(-1)  # [B, H, Nq]
         weight = self.q_layout.sizes.to(kept.dtype)
-        return (kept * weight).sum(-1) / weight.sum()
+        return (kept * weight).sum(-1) / weight.sum(-1)
 
     @cached_property
     def blocks(self) -> Blocks:

@@ -14,7 +14,7 @@ def block_mean(x: Tensor, offsets: Tensor, block_size: int, *, backend: str = "a
 
     Args:
         x: [B, H, S, D], of any strides.
-        offsets: [N + 1], first token of each block, rising from 0 to S.
+        offsets: [N + 1] or [B, H, N + 1], first token of each block, rising from 0 to S.
         block_size: tokens of the largest block, or more.
         backend: "auto" (triton on CUDA, else reference), "reference" or "triton".
 

@@ -26,7 +26,7 @@ def block_score(
     Args:
         q_mean: [B, H, Nq, D], fp32.
         k_mean: [B, H, Nk, D], fp32.
-        kv_offsets: [Nk + 1], first token of each kv block.
+        kv_offsets: [Nk + 1] or [B, H, Nk + 1], first token of each kv block.
         scale: factor on the product; 1 / sqrt(D) if left out.
         backend: "auto" (triton on CUDA, else reference), "reference" or "triton" (D up to 256).
 
@@ -44,9 +44,10 @@ def block_score(
             f"q_mean and k_mean must share B, H and D, got {list(q_mean.shape)} and "
             f"{list(k_mean.shape)}; expand shared heads first"
         )
-    if kv_offsets.numel() != k_mean.shape[2] + 1 or kv_offsets.device != k_mean.device:
+    shapes = ((k_mean.shape[2] + 1,), (*k_mean.shape[:2], k_mean.shape[2] + 1))
+    if kv_offsets.shape not in shapes or kv_offsets.device != k_mean.device:
         raise ValueError(
-            f"kv_offsets must have {k_mean.shape[2] + 1} entries on {k_mean.device}, got "
+            f"kv_offsets must be {list(shapes[0])} or {list(shapes[1])} on {k_mean.device}, got "
             f"{list(kv_offsets.shape)} on {kv_offsets.device}; take both from one block layout"
         )
     scale = check_scale(scale, q_mean.shape[3])

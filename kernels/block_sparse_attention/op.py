@@ -53,6 +53,12 @@ def block_sparse_attention(
 
 def backend_for(backend: str, q: Tensor, blocks: Blocks) -> str:
     """Return what `choose_backend` says for q [B, H, Sq, D] and blocks."""
+    is_per_head = 3 in (blocks.q_offsets.ndim, blocks.kv_offsets.ndim)
+    if is_per_head and (backend == "triton" or (backend == "auto" and q.device.type == "cuda")):
+        raise ValueError(
+            "blocks.q_offsets must be [Nq + 1] for backend 'triton', got one for each head; "
+            "use backend='reference'"
+        )
     return choose_backend(
         backend,
         head_dim=q.shape[-1],

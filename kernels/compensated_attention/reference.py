@@ -29,6 +29,7 @@ def _centroids(
         block_mean(x, blocks.kv_offsets, blocks.kv_block_size, backend="reference") for x in (k, v)
     )  # [B, H, Nk, D]
     logit = blocks.kv_offsets.diff().to(k_mean.dtype).log()  # -inf hides an empty block
+    logit = logit.unsqueeze(-2)
     if bias is not None:
         logit = logit + bias
     logit = torch.where(blocks.selected(), float("-inf"), logit)  # [B, H, Nq, Nk]

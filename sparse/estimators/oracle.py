@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gossamer.kernels.block_pool.op import block_mean
+from gossamer.kernels.blocks import block_of_token
 from gossamer.sparse.layout import BlockLayout
 from gossamer.sparse.mask import BlockScores
 
@@ -16,16 +16,22 @@ class Oracle:
         self, q: Tensor, k: Tensor, v: Tensor, q_layout: BlockLayout, kv_layout: BlockLayout
     ) -> BlockScores:
         """Return scores of q, k [B, H, S, D] in block order; needs one head's S x S at a time."""
+        heads = q.shape[:2]
+        q_offsets, kv_offsets = (
+            layout.offsets.expand(*heads, -1).flatten(0, 1) for layout in (q_layout, kv_layout)
+        )
         rows = []
-        for query, key in zip(q.flatten(0, 1), k.flatten(0, 1), strict=True):  # [S, D]
+        for i, (query, key) in enumerate(zip(q.flatten(0, 1), k.flatten(0, 1), strict=True)):
             mass = (query.float() @ key.float().T * q.shape[-1] ** -0.5).softmax(-1)  # [Sq, Sk]
-            columns = _block_sum(mass.T, kv_layout)  # [Nk, Sq]
-            rows.append(_block_sum(columns.T, q_layout) / q_layout.sizes[:, None])
-        score = torch.stack(rows).unflatten(0, q.shape[:2])
+            columns = _block_sum(mass.T, kv_offsets[i])  # [Nk, Sq]
+            rows.append(
+                _block_sum(columns.T, q_offsets[i]) / q_offsets[i].diff().clamp(min=1)[:, None]
+            )
+        score = torch.stack(rows).unflatten(0, heads)
         return BlockScores(q_layout, kv_layout, score)
 
 
-def _block_sum(x: Tensor, layout: BlockLayout) -> Tensor:
+def _block_sum(x: Tensor, offsets: Tensor) -> Tensor:
     """Sum x [S, W] over the rows of each block: [N, W]."""
-    mean = block_mean(x[None, None], layout.offsets, layout.block_size)[0, 0]
-    return mean * layout.sizes[:, None]
+    block = torch.arange(offsets.numel() - 1, device=x.device)[:, None]
+    return (block_of_token(offsets, x.shape[0]) == block).to(x.dtype) @ x

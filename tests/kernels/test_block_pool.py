@@ -131,7 +131,8 @@ def test_an_unknown_backend_is_refused() -> None:
         ([0, 4, 8], 3, "at most block_size 3"),
         ([0, 9, 8], 9, "in steps of -1"),
         ([0, 4, 8], 0, "must be >= 1, got 0"),
-        ([0.0, 8.0], 8, "1-D int32 or int64"),
+        ([0.0, 8.0], 8, "must be int32 or int64"),
+        ([[[0, 4, 8]], [[0, 4, 8]]], 4, r"\[1, 1, 'N \+ 1'\]"),
     ],
 )
 def test_wrong_offsets_are_refused(offsets: list[int], block_size: int, message: str) -> None:
