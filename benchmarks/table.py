@@ -19,7 +19,7 @@ _COLUMNS = (
     "shape", "block", "sparsity", "rows", "contestant",
     "forward ms", "TFLOP/s", "backward ms", "TFLOP/s", "mask ms", "total ms",
     "x cuDNN: fwd, +mask, bwd, +lists, total", "x best dense: the same", "x uniform: fwd, bwd",
-    "GiB fwd, bwd", "note",
+    "host ms: fwd, bwd, mask", "GiB fwd, bwd", "note",
 )  # fmt: skip
 _NONE = "-"
 _WORTH_SAYING = 0.01  # relative error of out; bf16 attention has 0.2 %
@@ -49,7 +49,8 @@ def markdown(rows: Sequence[Row], header: dict[str, str], progress: str) -> str:
         f"{said}. Command: `{header['command']}`. {progress}",
         "",
         f"bf16, batch 1, normal data. Median (20-80 %) of at least {MIN_REPEATS} runs and "
-        f"{MIN_MS:g} ms, L2 flushed before each. TFLOP/s count kept query-key pairs only, 4 D a "
+        f"{MIN_MS:g} ms of the GPU's time, L2 flushed and the whole run queued before each; the "
+        "host's time to queue it is told beside it. TFLOP/s count kept query-key pairs only, 4 D a "
         "pair forward and 10 D backward. Mask: from q and k to the index lists of both directions; "
         "lists: its last step, which the backward's transpose is a part of. "
         "Total: mask, forward and backward in one run. Every figure is of a contestant whose "
@@ -123,6 +124,7 @@ def _line(row: Row, rows: Sequence[Row]) -> str:
         " ".join(_number(to_cudnn.get(name), ".2f") for name in RATIOS),
         " ".join(_number(to_best.get(name), ".2f") for name in RATIOS),
         " ".join(_number(to_uniform.get(name), ".2f") for name in ("forward", "backward")),
+        " ".join(_host(row, phase) for phase in ("forward", "backward", "mask")),
         " ".join(_gibibytes(row, phase) for phase in ("forward", "backward")),
         _notes(row),
     ]
@@ -145,6 +147,11 @@ def _milliseconds(row: Row, phase: str) -> str:
     if timing is None:
         return _NONE
     return f"{timing.median_ms:.3f} ({timing.low_ms:.3f}-{timing.high_ms:.3f})"
+
+
+def _host(row: Row, phase: str) -> str:
+    timing = row.timing(phase)
+    return _NONE if timing is None else f"{timing.host_ms:.2f}"
 
 
 def _gibibytes(row: Row, phase: str) -> str:

@@ -40,7 +40,7 @@ class FakeStopwatch:
     def time(self, run: Callable[[], object]) -> Timing:
         self.results.append(run())
         self.clock += 1
-        return Timing(2.0, 1.9, 2.2, 5, 1 << 30)
+        return Timing(2.0, 1.9, 2.2, 5, 1 << 30, 0.1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
@@ -245,7 +245,7 @@ def test_a_reason_is_one_short_line() -> None:
 
 
 def test_quantiles_of_times() -> None:
-    timing = summarise([5.0, 1.0, 2.0, 4.0, 3.0], peak_bytes=7)
+    timing = summarise([5.0, 1.0, 2.0, 4.0, 3.0], peak_bytes=7, host_ms=0.5)
     assert (timing.median_ms, timing.repeats, timing.peak_bytes) == (3.0, 5, 7)
     assert (timing.low_ms, timing.high_ms) == pytest.approx((1.8, 4.2))
 

@@ -23,7 +23,7 @@ A, B = SHAPES["A"], SHAPES["B"]
 
 
 def timing(median: float) -> Timing:
-    return Timing(median, median * 0.99, median * 1.02, 9, 3 << 29)
+    return Timing(median, median * 0.99, median * 1.02, 9, 3 << 29, 0.25)
 
 
 def dense(name: str, forward: float, backward: float | str, shape: Shape = A) -> Row:
@@ -87,8 +87,8 @@ def test_the_table_has_one_line_a_row_and_names_its_origin() -> None:
     assert uniform[5] == "0.800 (0.792-0.816)" and uniform[7] == "-"
     assert float(uniform[6]) == pytest.approx(4 * 128 * 12 * 32760**2 * 0.05 / 0.8e9, abs=1)
     assert uniform[11:13] == ["12.50 10.00 - - -", "10.00 8.00 - - -"]
-    assert uniform[14] == "1.50 -"
-    assert uniform[15] == "backward, total: no stock kernel / here; error of out 3.4%"
+    assert uniform[14:16] == ["0.25 - 0.25", "1.50 -"]
+    assert uniform[16] == "backward, total: no stock kernel / here; error of out 3.4%"
     assert lines[2].split(" | ")[-1] == "backward: wrong: dq off by 1.0e+00 |"
 
 
