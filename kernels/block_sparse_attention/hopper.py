@@ -13,6 +13,7 @@ Written for Triton 3.6, whose compiler asks for three habits:
 - wgmma tokens other than the accumulator must not cross the back edge of a loop.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ _RUN_TIME = [
     "num_other_blocks",
     "num_tiles",
     "column_tiles",
+    "num_parts",
 ]
 
 
@@ -390,11 +392,11 @@ def _block_sparse_attention_fwd(
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles", "num_heads"])
 def _delta(
-    out_ptr, grad_ptr, lse_ptr, grad_lse_ptr, row_ptr,
+    out_ptr, grad_ptr, lse_ptr, grad_lse_ptr, row_ptr, delta_ptr,
     stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_gs,
     num_heads, num_rows, num_tiles, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Write lse * log2(e) and D of 64 rows side by side; 0 for rows past the end."""
+    """Write lse * log2(e) and D of 64 rows side by side, 0 for rows past the end; and D alone."""
     head = tl.program_id(1).to(tl.int64)
     b, h = head // num_heads, head % num_heads
     row = tl.program_id(0) * 64 + tl.arange(0, 64)
@@ -409,18 +411,20 @@ def _delta(
     grad_lse = tl.load(grad_lse_ptr + head * num_rows + row, mask=inside, other=0.0)
     row_ptr += (head * num_tiles + tl.program_id(0)) * 128 + tl.arange(0, 64)
     tl.store(row_ptr, lse * 1.4426950408889634)
-    tl.store(row_ptr + 64, tl.sum(out * grad, 1) - grad_lse)
+    delta = tl.sum(out * grad, 1) - grad_lse
+    tl.store(row_ptr + 64, delta)
+    tl.store(delta_ptr + head * num_rows + row, delta, mask=inside)
 
 
 @gluon.jit
 def _dq_producer(
     arguments, BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr, GROUPS: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
     (
-        q_desc, grad_desc, k_desc, v_desc, q_s, grad_s, k_s, v_s, box_s, q_full, q_free, full, free,
-        num_blocks_ptr, indices_ptr, num_heads, num_other, num_own_blocks,
-        num_other_blocks, num_tiles,
+        q_desc, grad_desc, k_desc, v_desc, k_mean_desc, v_mean_desc, q_s, grad_s, k_s, v_s, box_s,
+        q_full, q_free, full, free, num_blocks_ptr, indices_ptr, num_heads, num_other,
+        num_own_blocks, num_other_blocks, num_tiles,
     ) = arguments  # fmt: skip
     Q_BYTES: gl.constexpr = 2 * GROUPS * q_desc.block_type.nbytes
     BYTES: gl.constexpr = 2 * k_desc.block_type.nbytes
@@ -437,9 +441,11 @@ def _dq_producer(
         last = gl.load(list_ptr + count - 1, mask=count > 0, other=0)
         last_rows = gl.where(count > 0, gl.minimum(BLOCK_KV, num_other - last * BLOCK_KV), 0)
         steps = _num_steps(count, last_rows, 64, BLOCK_KV)
+        column_steps = _num_column_steps(count, num_other_blocks, 64)
         mbarrier.wait(q_free, q_phase)
         _send(box_s.index(0), tile)
         _send(box_s.index(1), steps)
+        _send(box_s.index(2), column_steps)
         mbarrier.expect(q_full, Q_BYTES)
         for i in gl.static_range(GROUPS):
             start = tile % num_own_blocks * BLOCK_Q + i * 64
@@ -455,6 +461,15 @@ def _dq_producer(
             tma.async_copy_global_to_shared(k_desc, [b, h, start, 0], full.index(stage), k)
             tma.async_copy_global_to_shared(v_desc, [b, h, start, 0], full.index(stage), v)
             stage, phase = advance(stage, phase, STAGES)
+        if COLUMNS:
+            for i in range(column_steps):
+                mbarrier.wait(free.index(stage), phase)
+                bar = full.index(stage)
+                mbarrier.expect(bar, BYTES)
+                at = [b, h, i * 64, 0]
+                tma.async_copy_global_to_shared(k_mean_desc, at, bar, k_s.index(stage))
+                tma.async_copy_global_to_shared(v_mean_desc, at, bar, v_s.index(stage))
+                stage, phase = advance(stage, phase, STAGES)
         tile += gl.num_programs(0)
     mbarrier.wait(q_free, q_phase)
     _send(box_s.index(0), num_tiles)
@@ -462,17 +477,51 @@ def _dq_producer(
 
 
 @gluon.jit
-def _dq_consumer(
-    arguments, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr, HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr,
+def _dq_step(
+    dq, q, grad, lse, delta, ring, stage, phase, scale_log2, columns_ptr,
+    HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    (
-        dq_desc, row_ptr, q_s, grad_s, k_s, v_s, box_s, q_full, q_free, full, free, num_heads,
-        num_own, num_own_blocks, num_tiles, scale,
-    ) = arguments  # fmt: skip
+    """Add what one tile of keys, or with COLUMNS of centroids, gives to dQ / scale."""
+    k_s, v_s, full, free = ring
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    mbarrier.wait(full.index(stage), phase)
+    k = k_s.index(stage).reshape([64, HEAD_DIM])
+    v = v_s.index(stage).reshape([64, HEAD_DIM])
+    zero = gl.zeros([64, 64], gl.float32, LOGITS)
+    s_token = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    dp_token = warpgroup_mma(grad, v.permute((1, 0)), zero, use_acc=False, is_async=True)
+    if COLUMNS:
+        bias = gl.load(columns_ptr + gl.arange(0, 64, layout=gl.SliceLayout(0, LOGITS)))
+    s = warpgroup_mma_wait(1, deps=[s_token])
+    s = s * scale_log2
+    if COLUMNS:
+        s += bias[None, :]
+    # P <= 1, but a row of 0 past the end may give more, even inf, which 0 cannot undo.
+    prob = gl.exp2(gl.minimum(s - lse[:, None], 0.0))
+    mbarrier.wait(full.index(stage), phase)
+    dp, prob = warpgroup_mma_wait(0, deps=[dp_token, prob])
+    ds = gl.convert_layout((prob * (dp - delta[:, None])).to(k_s.dtype), OPERAND)
+    dq_token = warpgroup_mma(ds, k, dq, is_async=True)
+    dq = warpgroup_mma_wait(0, deps=[dq_token])
+    mbarrier.arrive(free.index(stage), count=1)
+    stage, phase = advance(stage, phase, STAGES)
+    return dq, stage, phase
+
+
+@gluon.jit
+def _dq_consumer(
+    arguments, GROUP: gl.constexpr, BLOCK_Q: gl.constexpr, HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr, COLUMNS: gl.constexpr,
+):  # fmt: skip
+    (
+        dq_desc, row_ptr, columns_ptr, q_s, grad_s, k_s, v_s, box_s, q_full, q_free, full, free,
+        num_heads, num_own, num_own_blocks, column_tiles, num_tiles, scale,
+    ) = arguments  # fmt: skip
+    ring = (k_s, v_s, full, free)
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     dtype: gl.constexpr = dq_desc.dtype
     scale_log2 = scale * _LOG2_E
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, LOGITS))
@@ -493,22 +542,18 @@ def _dq_consumer(
         delta = gl.load(row_ptr + rows * 128 + 64 + row, mask=inside, other=0.0)
         dq = gl.zeros([64, HEAD_DIM], gl.float32, ACC)
         for _ in range(steps):
-            mbarrier.wait(full.index(stage), phase)
-            k = k_s.index(stage).reshape([64, HEAD_DIM])
-            v = v_s.index(stage).reshape([64, HEAD_DIM])
-            zero = gl.zeros([64, 64], gl.float32, LOGITS)
-            s_token = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-            dp_token = warpgroup_mma(grad, v.permute((1, 0)), zero, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s_token])
-            # P <= 1, but a row of 0 past the end may give more, even inf, which 0 cannot undo.
-            prob = gl.exp2(gl.minimum(s * scale_log2 - lse[:, None], 0.0))
-            mbarrier.wait(full.index(stage), phase)
-            dp, prob = warpgroup_mma_wait(0, deps=[dp_token, prob])
-            ds = prob * (dp - delta[:, None])
-            dq_token = warpgroup_mma(gl.convert_layout(ds.to(dtype), OPERAND), k, dq, is_async=True)
-            dq = warpgroup_mma_wait(0, deps=[dq_token])
-            mbarrier.arrive(free.index(stage), count=1)
-            stage, phase = advance(stage, phase, STAGES)
+            dq, stage, phase = _dq_step(
+                dq, q, grad, lse, delta, ring, stage, phase, scale_log2, columns_ptr,
+                HEAD_DIM, STAGES, False,
+            )  # fmt: skip
+        if COLUMNS:
+            lse = gl.where(lse == float("-inf"), float("inf"), lse)  # no key at all: P = 0
+            columns = columns_ptr + tile.to(gl.int64) * (column_tiles * 128)
+            for i in range(_receive(box_s.index(2))):
+                dq, stage, phase = _dq_step(
+                    dq, q, grad, lse, delta, ring, stage, phase, scale_log2, columns + i * 64,
+                    HEAD_DIM, STAGES, True,
+                )  # fmt: skip
         q.store((dq * scale).to(dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(
@@ -523,17 +568,18 @@ def _dq_consumer(
 
 @gluon.jit(do_not_specialize=_RUN_TIME)
 def _block_sparse_attention_bwd_dq(
-    q_desc, k_desc, v_desc, grad_desc, dq_desc, row_ptr, num_blocks_ptr, indices_ptr,
-    num_heads, num_own, num_other, num_own_blocks, num_other_blocks, num_tiles, scale,
+    q_desc, k_desc, v_desc, grad_desc, dq_desc, k_mean_desc, v_mean_desc, columns_ptr, row_ptr,
+    num_blocks_ptr, indices_ptr, num_heads, num_own, num_other, num_own_blocks, num_other_blocks,
+    column_tiles, num_tiles, scale,
     BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr, HEAD_DIM: gl.constexpr, GROUPS: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     q_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, 64, HEAD_DIM], q_desc.layout)
     grad_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, 64, HEAD_DIM], q_desc.layout)
     k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, 64, HEAD_DIM], k_desc.layout)
     v_s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, 64, HEAD_DIM], v_desc.layout)
-    box_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    box_s = gl.allocate_shared_memory(gl.int32, [3, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -544,24 +590,24 @@ def _block_sparse_attention_bwd_dq(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=GROUPS)
     producer = (
-        q_desc, grad_desc, k_desc, v_desc, q_s, grad_s, k_s, v_s, box_s, q_full, q_free, full, free,
-        num_blocks_ptr, indices_ptr, num_heads, num_other, num_own_blocks,
-        num_other_blocks, num_tiles,
+        q_desc, grad_desc, k_desc, v_desc, k_mean_desc, v_mean_desc, q_s, grad_s, k_s, v_s, box_s,
+        q_full, q_free, full, free, num_blocks_ptr, indices_ptr, num_heads, num_other,
+        num_own_blocks, num_other_blocks, num_tiles,
     )  # fmt: skip
     consumer = (
-        dq_desc, row_ptr, q_s, grad_s, k_s, v_s, box_s, q_full, q_free, full, free, num_heads,
-        num_own, num_own_blocks, num_tiles, scale,
+        dq_desc, row_ptr, columns_ptr, q_s, grad_s, k_s, v_s, box_s, q_full, q_free, full, free,
+        num_heads, num_own, num_own_blocks, column_tiles, num_tiles, scale,
     )  # fmt: skip
     if GROUPS == 2:
         gl.warp_specialize([
-            (_dq_consumer, (consumer, 0, BLOCK_Q, HEAD_DIM, STAGES)),
-            (_dq_consumer, (consumer, 1, BLOCK_Q, HEAD_DIM, STAGES)),
-            (_dq_producer, (producer, BLOCK_Q, BLOCK_KV, GROUPS, STAGES)),
+            (_dq_consumer, (consumer, 0, BLOCK_Q, HEAD_DIM, STAGES, COLUMNS)),
+            (_dq_consumer, (consumer, 1, BLOCK_Q, HEAD_DIM, STAGES, COLUMNS)),
+            (_dq_producer, (producer, BLOCK_Q, BLOCK_KV, GROUPS, STAGES, COLUMNS)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_dq_consumer, (consumer, 0, BLOCK_Q, HEAD_DIM, STAGES)),
-            (_dq_producer, (producer, BLOCK_Q, BLOCK_KV, GROUPS, STAGES)),
+            (_dq_consumer, (consumer, 0, BLOCK_Q, HEAD_DIM, STAGES, COLUMNS)),
+            (_dq_producer, (producer, BLOCK_Q, BLOCK_KV, GROUPS, STAGES, COLUMNS)),
         ], [1], [24])  # fmt: skip
 
 
@@ -618,13 +664,27 @@ def _dkv_producer(
 
 
 @gluon.jit
+def _share_of_mean(
+    parts_ptr, block, num_rows, num_parts, num_blocks,
+    ACC: gl.constexpr, HEAD_DIM: gl.constexpr,
+):  # fmt: skip
+    """Return the share [1, HEAD_DIM] that each row of a block has of the gradient of its mean."""
+    dim = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, ACC))
+    total = gl.zeros([HEAD_DIM], gl.float32, gl.SliceLayout(0, ACC))
+    for i in range(num_parts):
+        row = i.to(gl.int64) * num_blocks + block
+        total += gl.load(parts_ptr + row * HEAD_DIM + dim)
+    return (total / num_rows.to(gl.float32))[None, :]
+
+
+@gluon.jit
 def _dkv_consumer(
     arguments, GROUP: gl.constexpr, BLOCK_KV: gl.constexpr, HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
     (
-        dk_desc, dv_desc, q_s, grad_s, row_s, k_s, v_s, box_s, kv_full, kv_free, full, free,
-        num_heads, num_own_blocks, num_tiles, scale,
+        dk_desc, dv_desc, dk_parts_ptr, dv_parts_ptr, q_s, grad_s, row_s, k_s, v_s, box_s, kv_full,
+        kv_free, full, free, num_heads, num_own, num_own_blocks, num_parts, num_tiles, scale,
     ) = arguments  # fmt: skip
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -669,9 +729,16 @@ def _dkv_consumer(
         head = tile // num_own_blocks
         b = head // num_heads
         h = head % num_heads
-        start = tile % num_own_blocks * BLOCK_KV + GROUP * 64
+        start = tile % num_own_blocks * BLOCK_KV
+        if COLUMNS:
+            num_rows = gl.minimum(BLOCK_KV, num_own - start)
+            dv += _share_of_mean(dv_parts_ptr, tile, num_rows, num_parts, num_tiles, ACC, HEAD_DIM)
+            v.store(dv.to(dtype))
+            dk += _share_of_mean(dk_parts_ptr, tile, num_rows, num_parts, num_tiles, ACC, HEAD_DIM)
+        else:
+            v.store(dv.to(dtype))
         k.store((dk * scale).to(dtype))
-        v.store(dv.to(dtype))
+        start += GROUP * 64
         fence_async_shared()
         tma.async_copy_shared_to_global(dk_desc, [b, h, start, 0], k_s.index(GROUP))
         tma.async_copy_shared_to_global(dv_desc, [b, h, start, 0], v_s.index(GROUP))
@@ -684,11 +751,11 @@ def _dkv_consumer(
 
 @gluon.jit(do_not_specialize=_RUN_TIME)
 def _block_sparse_attention_bwd_dkv(
-    q_desc, k_desc, v_desc, grad_desc, row_desc, dk_desc, dv_desc, order_ptr,
-    num_blocks_ptr, indices_ptr, num_heads, num_own, num_other, num_own_blocks, num_other_blocks,
-    num_tiles, scale,
+    q_desc, k_desc, v_desc, grad_desc, row_desc, dk_desc, dv_desc, dk_parts_ptr, dv_parts_ptr,
+    order_ptr, num_blocks_ptr, indices_ptr, num_heads, num_own, num_other, num_own_blocks,
+    num_other_blocks, num_parts, num_tiles, scale,
     BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr, HEAD_DIM: gl.constexpr, GROUPS: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     k_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, 64, HEAD_DIM], k_desc.layout)
@@ -712,18 +779,18 @@ def _block_sparse_attention_bwd_dkv(
         num_other, num_own_blocks, num_other_blocks, num_tiles,
     )  # fmt: skip
     consumer = (
-        dk_desc, dv_desc, q_s, grad_s, row_s, k_s, v_s, box_s, kv_full, kv_free, full, free,
-        num_heads, num_own_blocks, num_tiles, scale,
+        dk_desc, dv_desc, dk_parts_ptr, dv_parts_ptr, q_s, grad_s, row_s, k_s, v_s, box_s, kv_full,
+        kv_free, full, free, num_heads, num_own, num_own_blocks, num_parts, num_tiles, scale,
     )  # fmt: skip
     if GROUPS == 2:
         gl.warp_specialize([
-            (_dkv_consumer, (consumer, 0, BLOCK_KV, HEAD_DIM, STAGES)),
-            (_dkv_consumer, (consumer, 1, BLOCK_KV, HEAD_DIM, STAGES)),
+            (_dkv_consumer, (consumer, 0, BLOCK_KV, HEAD_DIM, STAGES, COLUMNS)),
+            (_dkv_consumer, (consumer, 1, BLOCK_KV, HEAD_DIM, STAGES, COLUMNS)),
             (_dkv_producer, (producer, BLOCK_Q, BLOCK_KV, GROUPS, STAGES)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_dkv_consumer, (consumer, 0, BLOCK_KV, HEAD_DIM, STAGES)),
+            (_dkv_consumer, (consumer, 0, BLOCK_KV, HEAD_DIM, STAGES, COLUMNS)),
             (_dkv_producer, (producer, BLOCK_Q, BLOCK_KV, GROUPS, STAGES)),
         ], [1], [24])  # fmt: skip
 
@@ -746,6 +813,13 @@ class Centroids(NamedTuple):
     k: Tensor  # [B, H, Nk, D], in q's type
     v: Tensor  # [B, H, Nk, D]
     columns: Tensor  # fp32 [B, H, Nq, Nk and padding]: added to their logits, in units of log2
+
+
+class CentroidGradients(NamedTuple):
+    """Gradients of the centroids: fp32 parts [parts, B, H, Nk, D], to be summed in order."""
+
+    dk: Tensor  # / scale
+    dv: Tensor
 
 
 def forward(
@@ -783,6 +857,27 @@ def forward(
     return out, lse
 
 
+class RowTerms(NamedTuple):
+    """What the backward needs to know of each query."""
+
+    rows: Tensor  # fp32 [B * H * tiles of 64 queries, 128]: lse * log2(e), then D
+    delta: Tensor  # fp32 [B, H, Sq]: D
+
+
+def row_terms(grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor) -> RowTerms:
+    """Return lse and D = rowsum(dO * O) - dLSE of each query."""
+    batch, num_heads, num_q, head_dim = out.shape
+    row_tiles = -(-num_q // 64)
+    rows = lse.new_empty((batch * num_heads * row_tiles, 128))
+    delta = torch.empty_like(lse)
+    with on_device(out.device):
+        _delta[(row_tiles, batch * num_heads)](
+            out, grad_out, lse, grad_lse, rows, delta, *out.stride()[:3], *grad_out.stride()[:3],
+            num_heads, num_q, row_tiles, HEAD_DIM=head_dim,
+        )  # fmt: skip
+    return RowTerms(rows, delta)
+
+
 def backward(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -793,38 +888,61 @@ def backward(
     lse: Tensor,
     blocks: Blocks,
     scale: float,
+    terms: RowTerms | None = None,
+    centroids: tuple[Centroids, CentroidGradients] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv, strided like q, k, v."""
+    """Return dq, dk, dv, strided like q, k, v; with centroids, what goes through them is added."""
     q, k, v, grad_out = (aligned(x) for x in (q, k, v, grad_out))
+    rows = (terms or row_terms(grad_out, grad_lse, out, lse)).rows
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     num_heads, num_q, num_kv = q.shape[1], q.shape[2], k.shape[2]
-    row_tiles = -(-num_q // 64)
-    rows = q.new_empty((q.shape[0] * num_heads * row_tiles, 128), dtype=torch.float32)
     q_blocks, kv_blocks = blocks.kv_indices.shape[2:]
-    # Longest columns first: one that every q block selects would else end the kernel alone.
-    order = blocks.q_num_blocks.flatten().argsort(descending=True, stable=True).to(torch.int32)
+    tiles = [describe_rows(x, 64) for x in (q, k, v, grad_out)]
+    if centroids is None:
+        means, columns, column_tiles = tiles[1:3], rows, 0  # none of them is read
+        dk_parts = dv_parts = rows
+        num_parts = 0
+    else:
+        (k_mean, v_mean, columns), (dk_parts, dv_parts) = centroids
+        means = [describe_rows(x, 64) for x in (k_mean, v_mean)]
+        column_tiles, num_parts = columns.shape[3] // 128, dk_parts.shape[0]
     with on_device(q.device):
-        _delta[(row_tiles, q.shape[0] * num_heads)](
-            out, grad_out, lse, grad_lse, rows, *out.stride()[:3], *grad_out.stride()[:3],
-            num_heads, num_q, row_tiles, HEAD_DIM=q.shape[-1],
-        )  # fmt: skip
-        tiles = [describe_rows(x, 64) for x in (q, k, v, grad_out)]
         config = _BWD_DQ[blocks.q_block_size]
         num_tiles = blocks.kv_num_blocks.numel()
         _block_sparse_attention_bwd_dq[_grid(q, num_tiles, config)](
-            *tiles, describe_rows(dq, 64), rows, blocks.kv_num_blocks, blocks.kv_indices,
-            num_heads, num_q, num_kv, q_blocks, kv_blocks, num_tiles, scale,
-            **_meta(q, blocks, blocks.q_block_size, config),
+            *tiles, describe_rows(dq, 64), *means, columns, rows,
+            blocks.kv_num_blocks, blocks.kv_indices, num_heads, num_q, num_kv,
+            q_blocks, kv_blocks, column_tiles, num_tiles, scale,
+            COLUMNS=centroids is not None, **_meta(q, blocks, blocks.q_block_size, config),
         )  # fmt: skip
         config = _BWD_DKV[blocks.kv_block_size]
         num_tiles = blocks.q_num_blocks.numel()
         _block_sparse_attention_bwd_dkv[_grid(q, num_tiles, config)](
             *tiles, describe_matrix(rows, 1), describe_rows(dk, 64), describe_rows(dv, 64),
-            order, blocks.q_num_blocks, blocks.q_indices,
-            num_heads, num_kv, num_q, kv_blocks, q_blocks, num_tiles, scale,
-            **_meta(q, blocks, blocks.kv_block_size, config),
+            dk_parts, dv_parts, _column_order(blocks), blocks.q_num_blocks, blocks.q_indices,
+            num_heads, num_kv, num_q, kv_blocks, q_blocks, num_parts, num_tiles, scale,
+            COLUMNS=centroids is not None, **_meta(q, blocks, blocks.kv_block_size, config),
         )  # fmt: skip
     return dq, dk, dv
+
+
+def _column_order(blocks: Blocks) -> Tensor:
+    """Return the order in which dK/dV takes the kv blocks, int32 [B * H * Nk].
+
+    First those over four times as long as the mean, which would else end the kernel alone, the
+    longest first; then head by head, so that q and dO of a head stay in the L2 cache.
+    """
+    count = blocks.q_num_blocks.flatten(0, 1)  # [B * H, Nk]
+    place = _places(*count.shape, blocks.q_indices.shape[-1], count.device) - count
+    is_long = count > 4 * count.mean(dtype=torch.float32)
+    place = torch.where(is_long, -count, place)
+    return place.flatten().argsort(stable=True).to(torch.int32)
+
+
+@cache
+def _places(num_heads: int, num_blocks: int, num_q_blocks: int, device: torch.device) -> Tensor:
+    head = torch.arange(1, num_heads + 1, dtype=torch.int32, device=device)
+    return (head * (num_q_blocks + 1))[:, None].expand(-1, num_blocks)
 
 
 def _meta(q: Tensor, blocks: Blocks, own: int, config: _Config) -> dict[str, Any]:

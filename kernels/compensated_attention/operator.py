@@ -79,7 +79,17 @@ def _attention_backward(
         q_block_size, kv_block_size, is_uniform,
     )  # fmt: skip
     grads = (unit_inner_stride(grad_out), grad_lse.contiguous())
-    dq, dk, dv = kernels_of(backend).backward(*grads, q, k, v, out, lse, blocks, scale)
+    exact = kernels_of(backend)
+    if backend == "hopper" and not bias_grad:  # its backward takes the centroids along
+        terms = exact.row_terms(*grads, out, lse)
+        columns = triton.column_logits(blocks, bias)
+        parts = triton.centroid_gradients(
+            grads[0], q, k_mean, v_mean, columns, lse, terms.delta, blocks, scale
+        )
+        centroids = (exact.Centroids(k_mean, v_mean, columns), exact.CentroidGradients(*parts))
+        dq, dk, dv = exact.backward(*grads, q, k, v, out, lse, blocks, scale, terms, centroids)
+        return dq, dk, dv, lse.new_empty(0)
+    dq, dk, dv = exact.backward(*grads, q, k, v, out, lse, blocks, scale)
     dbias = triton.add_centroid_gradients(
         *grads, q, k_mean, v_mean, bias, out, lse, dq, dk, dv, blocks, scale, bias_grad
     )

@@ -408,6 +408,40 @@ def add_centroids(
         )  # fmt: skip
 
 
+def centroid_gradients(
+    grad_out: Tensor,
+    q: Tensor,
+    k_mean: Tensor,
+    v_mean: Tensor,
+    columns: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    blocks: Blocks,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return dK_mean / scale and dV_mean in fp32 parts [parts, B, H, Nk, D], to be summed.
+
+    lse and delta [B, H, Sq] are those of compensated attention.
+    """
+    num_heads = q.shape[0] * q.shape[1]
+    num_q_blocks, num_kv_blocks = blocks.kv_indices.shape[2:]
+    tiles = _BWD_DKV[q.element_size()]
+    query = _Queries.cut(blocks, tiles.rows)
+    tiles_n = triton.cdiv(num_kv_blocks, tiles.columns)
+    per_split = triton.cdiv(num_q_blocks, triton.cdiv(_NUM_PROGRAMS, tiles_n * num_heads))
+    splits = triton.cdiv(num_q_blocks, per_split)
+    dk_parts, dv_parts = lse.new_empty((2, splits, *k_mean.shape))
+    with on_device(q.device):
+        _centroid_bwd_dkv[(tiles_n * splits, num_heads)](
+            q, k_mean, v_mean, columns, grad_out, dk_parts, dv_parts,
+            lse, delta, blocks.q_offsets,
+            *q.stride()[:3], *grad_out.stride()[:3],
+            *_counts(q, blocks, columns), per_split, scale * _LOG2_E.value,
+            **_meta(q, query, tiles),
+        )  # fmt: skip
+    return dk_parts, dv_parts
+
+
 def add_centroid_gradients(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -447,23 +481,13 @@ def add_centroid_gradients(
             *counts, scale, scale_log2,
             **_meta(q, query, tiles), BIAS_GRAD=bias_grad,
         )  # fmt: skip
-        tiles = _BWD_DKV[q.element_size()]
-        query = _Queries.cut(blocks, tiles.rows)
-        tiles_n = triton.cdiv(num_kv_blocks, tiles.columns)
-        per_split = triton.cdiv(num_q_blocks, triton.cdiv(_NUM_PROGRAMS, tiles_n * num_heads))
-        splits = triton.cdiv(num_q_blocks, per_split)
-        dk_parts, dv_parts = lse.new_empty((2, splits, *k_mean.shape))
-        _centroid_bwd_dkv[(tiles_n * splits, num_heads)](
-            q, k_mean, v_mean, columns, grad_out, dk_parts, dv_parts,
-            lse, delta, blocks.q_offsets,
-            *q.stride()[:3], *grad_out.stride()[:3],
-            *counts, per_split, scale_log2,
-            **_meta(q, query, tiles),
-        )  # fmt: skip
+        dk_parts, dv_parts = centroid_gradients(
+            grad_out, q, k_mean, v_mean, columns, lse, delta, blocks, scale
+        )
         _spread[(num_kv_blocks, num_heads)](
             dk, dv, dk_parts, dv_parts, blocks.kv_offsets,
             *dk.stride()[:3], *dv.stride()[:3],
-            q.shape[1], num_kv_blocks, splits, scale,
+            q.shape[1], num_kv_blocks, dk_parts.shape[0], scale,
             HEAD_DIM=q.shape[-1], BLOCK=_SPREAD,
         )  # fmt: skip
     return None if dbias is None else dbias.sum(0)
