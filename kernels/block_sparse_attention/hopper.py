@@ -2,9 +2,11 @@
 
 The formulas are those of triton.py. A producer warp walks the index lists and keeps a ring of tiles
 full with TMA copies; one or two consumer warpgroups of 64 rows each compute with asynchronous
-wgmma. Programs stay resident and take every n-th tile. TMA fills rows past the end of the sequence
-with 0 and drops them on the way out. (Tiles drawn from an atomic counter balance skewed rows a
-little better, but the 64-row forward lost some when lists were short; the cause was not found.)
+wgmma. A program takes one tile, so that the GPU's own scheduler balances rows of unequal length; only
+the forward of 128 rows, which has its SM to itself and would wait for its first tile each time,
+stays resident and takes every n-th. TMA fills rows past the end of the sequence with 0 and drops
+them on the way out. (Tiles drawn from an atomic counter balance as well, but the 64-row forward
+lost some when lists were short; the cause was not found.)
 
 Written for Triton 3.6, whose compiler asks for three habits:
 - The exponentials would sink below the next wgmma wait, and nothing would overlap. So the wait
@@ -798,11 +800,12 @@ def _block_sparse_attention_bwd_dkv(
 class _Config(NamedTuple):
     step: int  # rows of the other side that a program meets at a time
     stages: int  # depth of the ring of such tiles, at head dim 128
-    programs: int  # per multiprocessor
+    programs: int  # that fit on a multiprocessor
+    stays: bool = False  # as many programs as fit, each of many tiles; else one program a tile
 
 
 # By rows of the block that a program owns. 64 rows take one consumer warpgroup, 128 rows two.
-_FWD = {64: _Config(64, 3, 2), 128: _Config(128, 2, 1)}
+_FWD = {64: _Config(64, 3, 2), 128: _Config(128, 2, 1, stays=True)}
 _BWD_DQ = {64: _Config(64, 2, 2), 128: _Config(64, 4, 1)}
 _BWD_DKV = {64: _Config(64, 2, 2), 128: _Config(64, 4, 1)}
 
@@ -960,5 +963,7 @@ def _meta(q: Tensor, blocks: Blocks, own: int, config: _Config) -> dict[str, Any
 
 
 def _grid(q: Tensor, num_tiles: int, config: _Config) -> tuple[int]:
+    if not config.stays:
+        return (num_tiles,)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     return (min(processors * config.programs, num_tiles),)
