@@ -70,8 +70,8 @@ def _forward(q_mean: Tensor, k_mean: Tensor, kv_offsets: Tensor, scale: float) -
     score = q_mean.new_empty(batch, num_heads, num_q, num_kv)
     block_d = max(16, power_of_2(head_dim))
     # More rows read k_mean less often, but leave an H100's 132 SMs without work if there are few.
-    block_m = 32 if ceil_div(num_q, 32) * batch * num_heads >= 132 else 16
-    block_n = 64 if block_d <= 128 else 32
+    is_large = block_d <= 128 and ceil_div(num_q, 32) * batch * num_heads >= 132
+    block_m, block_n = 32 if is_large else 16, 64 if block_d <= 128 else 32
     with on_device(q_mean.device):
         _block_score_fwd[(ceil_div(num_q, block_m), batch * num_heads)](
             q_mean, k_mean, kv_offsets.contiguous(), score,

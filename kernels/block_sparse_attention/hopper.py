@@ -2,11 +2,11 @@
 
 The formulas are those of triton.py. A producer warp walks the index lists and keeps a ring of tiles
 full with TMA copies; one or two consumer warpgroups of 64 rows each compute with asynchronous
-wgmma. A program takes one tile, so that the GPU's own scheduler balances rows of unequal length; only
-the forward of 128 rows, which has its SM to itself and would wait for its first tile each time,
-stays resident and takes every n-th. TMA fills rows past the end of the sequence with 0 and drops
-them on the way out. (Tiles drawn from an atomic counter balance as well, but the 64-row forward
-lost some when lists were short; the cause was not found.)
+wgmma. A program takes one tile, so that the GPU's own scheduler balances rows of unequal length;
+only the forward of 128 rows, which has its SM to itself and would wait for its first tile each
+time, stays resident and takes every n-th. TMA fills rows past the end of the sequence with 0 and
+drops them on the way out. (Tiles drawn from an atomic counter balance as well, but the 64-row
+forward lost some when lists were short; the cause was not found.)
 
 Written for Triton 3.6, whose compiler asks for three habits:
 - The exponentials would sink below the next wgmma wait, and nothing would overlap. So the wait
