@@ -81,3 +81,8 @@ def block_of_token(offsets: Tensor, num_tokens: int) -> Tensor:
     token = torch.arange(num_tokens, dtype=offsets.dtype, device=offsets.device)
     token = token.expand(*offsets.shape[:-1], num_tokens).contiguous()
     return torch.searchsorted(offsets[..., 1:].contiguous(), token, right=True)
+
+
+def head_stride(offsets: Tensor) -> int:
+    """Return how far apart the offsets of two heads are: 0 where all heads share them."""
+    return offsets.shape[-1] if offsets.ndim == 3 else 0

@@ -12,21 +12,26 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import ceil_div, define_operator, on_device, power_of_2
+from ..blocks import head_stride
 
 # Counts change from call to call; specialising on them would compile again.
-_RUN_TIME = ["num_heads", "num_x_blocks", "num_y_blocks", "x_parts", "y_parts"]
+_RUN_TIME = [
+    "num_heads", "num_x_blocks", "num_y_blocks", "x_parts", "y_parts",
+    "x_offsets_stride", "y_offsets_stride",
+]  # fmt: skip
 
 
 @triton.jit
-def _span(offsets_ptr, block):
+def _span(offsets_ptr, stride, head, block):
     """Return the first token of a block, int64, and its number of tokens, int32."""
+    offsets_ptr += head * stride
     start = tl.load(offsets_ptr + block)
     return start.to(tl.int64), (tl.load(offsets_ptr + block + 1) - start).to(tl.int32)
 
 
 @triton.jit
 def _sum_part(
-    x_ptr, mean_ptr, offsets_ptr, program, num_blocks, parts, num_heads, head_dim,
+    x_ptr, mean_ptr, offsets_ptr, offsets_stride, program, num_blocks, parts, num_heads, head_dim,
     stride_b, stride_h, stride_s, stride_d,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +41,7 @@ def _sum_part(
     b, h = head // num_heads, head % num_heads
     dim = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = tl.arange(0, BLOCK_S)
-    start, count = _span(offsets_ptr, block)
+    start, count = _span(offsets_ptr, offsets_stride, head, block)
     token = start + row
     ptrs = x_ptr + b * stride_b + h * stride_h
     ptrs += token[:, None] * stride_s + dim.to(tl.int64)[None, :] * stride_d
@@ -54,26 +59,30 @@ def _block_mean_fwd(
     x_ptr, x_mean_ptr, x_offsets_ptr, y_ptr, y_mean_ptr, y_offsets_ptr,
     stride_xb, stride_xh, stride_xs, stride_xd,
     stride_yb, stride_yh, stride_ys, stride_yd,
-    num_heads, num_x_blocks, num_y_blocks, x_parts, y_parts, head_dim,
+    num_heads, num_x_blocks, num_y_blocks, x_parts, y_parts, x_offsets_stride, y_offsets_stride,
+    head_dim,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     if program < num_x_blocks * x_parts:
         _sum_part(
-            x_ptr, x_mean_ptr, x_offsets_ptr, program, num_x_blocks, x_parts, num_heads, head_dim,
+            x_ptr, x_mean_ptr, x_offsets_ptr, x_offsets_stride, program,
+            num_x_blocks, x_parts, num_heads, head_dim,
             stride_xb, stride_xh, stride_xs, stride_xd, BLOCK_S, BLOCK_D, ACC,
         )  # fmt: skip
     else:
         program -= num_x_blocks * x_parts
         _sum_part(
-            y_ptr, y_mean_ptr, y_offsets_ptr, program, num_y_blocks, y_parts, num_heads, head_dim,
+            y_ptr, y_mean_ptr, y_offsets_ptr, y_offsets_stride, program,
+            num_y_blocks, y_parts, num_heads, head_dim,
             stride_yb, stride_yh, stride_ys, stride_yd, BLOCK_S, BLOCK_D, ACC,
         )  # fmt: skip
 
 
 @triton.jit
 def _spread_part(
-    grad_ptr, dx_ptr, offsets_ptr, program, num_blocks, parts, num_tokens, head_dim,
+    grad_ptr, dx_ptr, offsets_ptr, offsets_stride, program, num_blocks, parts, num_tokens,
+    head_dim,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one part of the tokens of one block."""
@@ -81,7 +90,7 @@ def _spread_part(
     head = tl.program_id(1).to(tl.int64)
     dim = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = tl.arange(0, BLOCK_S)
-    start, count = _span(offsets_ptr, block)
+    start, count = _span(offsets_ptr, offsets_stride, head, block)
     grad = tl.load(grad_ptr + (head * num_blocks + block) * head_dim + dim, dim < head_dim, other=0)
     share = (grad / tl.maximum(count, 1).to(grad.dtype)).to(dx_ptr.dtype.element_ty)
     share = tl.broadcast_to(share[None, :], [BLOCK_S, BLOCK_D])
@@ -95,20 +104,21 @@ def _spread_part(
 @triton.jit(do_not_specialize=[*_RUN_TIME[1:], "num_x_tokens", "num_y_tokens"])
 def _block_mean_bwd(
     x_grad_ptr, dx_ptr, x_offsets_ptr, y_grad_ptr, dy_ptr, y_offsets_ptr,
-    num_x_tokens, num_y_tokens, num_x_blocks, num_y_blocks, x_parts, y_parts, head_dim,
+    num_x_tokens, num_y_tokens, num_x_blocks, num_y_blocks, x_parts, y_parts,
+    x_offsets_stride, y_offsets_stride, head_dim,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     if program < num_x_blocks * x_parts:
         _spread_part(
-            x_grad_ptr, dx_ptr, x_offsets_ptr, program, num_x_blocks, x_parts, num_x_tokens,
-            head_dim, BLOCK_S, BLOCK_D,
+            x_grad_ptr, dx_ptr, x_offsets_ptr, x_offsets_stride, program,
+            num_x_blocks, x_parts, num_x_tokens, head_dim, BLOCK_S, BLOCK_D,
         )  # fmt: skip
     else:
         program -= num_x_blocks * x_parts
         _spread_part(
-            y_grad_ptr, dy_ptr, y_offsets_ptr, program, num_y_blocks, y_parts, num_y_tokens,
-            head_dim, BLOCK_S, BLOCK_D,
+            y_grad_ptr, dy_ptr, y_offsets_ptr, y_offsets_stride, program,
+            num_y_blocks, y_parts, num_y_tokens, head_dim, BLOCK_S, BLOCK_D,
         )  # fmt: skip
 
 
@@ -126,7 +136,7 @@ def _tile(head_dim: int) -> dict[str, int]:
 
 def _new_means(x: Tensor, offsets: Tensor, parts: int) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    shape = (*x.shape[:2], offsets.numel() - 1, x.shape[3])
+    shape = (*x.shape[:2], offsets.shape[-1] - 1, x.shape[3])
     return x.new_empty((parts, *shape) if parts > 1 else shape, dtype=dtype)
 
 
@@ -153,7 +163,7 @@ def _launch_fwd(
     x_parts, y_parts = _num_parts(x_size), _num_parts(y_size)
     x_mean = _new_means(x, x_offsets, x_parts)
     y_mean = _new_means(y, y_offsets, y_parts) if y_parts else x_mean
-    num_x, num_y = x_offsets.numel() - 1, y_offsets.numel() - 1
+    num_x, num_y = x_offsets.shape[-1] - 1, y_offsets.shape[-1] - 1
     tile = _tile(x.shape[3])
     grid = (
         num_x * x_parts + num_y * y_parts,
@@ -163,7 +173,8 @@ def _launch_fwd(
     with on_device(x.device):
         _block_mean_fwd[grid](
             x, x_mean, x_offsets, y, y_mean, y_offsets, *x.stride(), *y.stride(),
-            x.shape[1], num_x, num_y, x_parts, y_parts, x.shape[3],
+            x.shape[1], num_x, num_y, x_parts, y_parts,
+            head_stride(x_offsets), head_stride(y_offsets), x.shape[3],
             ACC=tl.float64 if x_mean.dtype == torch.float64 else tl.float32, **tile,
         )  # fmt: skip
     return x_mean.sum(0) if x_parts > 1 else x_mean, y_mean.sum(0) if y_parts > 1 else y_mean
@@ -220,7 +231,8 @@ def _launch_bwd(
     with on_device(x_grad.device):
         _block_mean_bwd[grid](
             x_grad, dx, x_offsets, y_grad, dy, y_offsets,
-            num_x_tokens, num_y_tokens, num_x, num_y, x_parts, y_parts, head_dim, **tile,
+            num_x_tokens, num_y_tokens, num_x, num_y, x_parts, y_parts,
+            head_stride(x_offsets), head_stride(y_offsets), head_dim, **tile,
         )  # fmt: skip
     return dx, dy
 

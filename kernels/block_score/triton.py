@@ -10,15 +10,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import ceil_div, define_operator, on_device, power_of_2
+from ..blocks import head_stride
 
 _LOG2_E = 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_q_blocks", "num_kv_blocks"])
+@triton.jit(do_not_specialize=["num_heads", "num_q_blocks", "num_kv_blocks", "offsets_stride"])
 def _block_score_fwd(
     q_ptr, k_ptr, offsets_ptr, out_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    num_heads, num_q_blocks, num_kv_blocks, head_dim, scale_log2,
+    num_heads, num_q_blocks, num_kv_blocks, offsets_stride, head_dim, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
@@ -31,6 +32,7 @@ def _block_score_fwd(
     q_ptrs = q_ptr + b * stride_qb + h * stride_qh + row.to(tl.int64)[:, None] * stride_qn
     q = tl.load(q_ptrs + dim[None, :], in_row & in_dim, other=0.0)
     k_ptr += b * stride_kb + h * stride_kh
+    offsets_ptr += head * offsets_stride
     sample = (tl.arange(0, 16).to(tl.int64) * num_kv_blocks) // 16
     some = tl.load(k_ptr + sample[:, None] * stride_kn + dim[None, :], in_dim, other=0.0)
     center = tl.sum(some, 0)[None, :] / 16
@@ -76,7 +78,7 @@ def _forward(q_mean: Tensor, k_mean: Tensor, kv_offsets: Tensor, scale: float) -
         _block_score_fwd[(ceil_div(num_q, block_m), batch * num_heads)](
             q_mean, k_mean, kv_offsets.contiguous(), score,
             *q_mean.stride()[:3], *k_mean.stride()[:3],
-            num_heads, num_q, num_kv, head_dim, scale * _LOG2_E,
+            num_heads, num_q, num_kv, head_stride(kv_offsets), head_dim, scale * _LOG2_E,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=4, num_stages=1,
         )  # fmt: skip
     return score

@@ -10,7 +10,6 @@ from ..check import check_attention
 BACKENDS = ("reference", "triton", "hopper")
 _TRITON_HEAD_DIMS = (16, 32, 64, 128)
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_TRITON_MAX_BLOCK = 128
 
 
 def block_sparse_attention(
@@ -53,12 +52,6 @@ def block_sparse_attention(
 
 def backend_for(backend: str, q: Tensor, blocks: Blocks) -> str:
     """Return what `choose_backend` says for q [B, H, Sq, D] and blocks."""
-    is_per_head = 3 in (blocks.q_offsets.ndim, blocks.kv_offsets.ndim)
-    if is_per_head and (backend == "triton" or (backend == "auto" and q.device.type == "cuda")):
-        raise ValueError(
-            "blocks.q_offsets must be [Nq + 1] for backend 'triton', got one for each head; "
-            "use backend='reference'"
-        )
     return choose_backend(
         backend,
         head_dim=q.shape[-1],
@@ -109,7 +102,7 @@ def choose_backend(
             raise ValueError(f"{why_not} for backend 'hopper'; use backend='triton' or 'auto'")
         backend = "triton"
     if backend == "triton":
-        _check_triton_shapes(head_dim, dtype, sizes)
+        _check_triton_shapes(head_dim, dtype)
         check_triton(device, dtype)
     return backend
 
@@ -146,9 +139,7 @@ def _why_no_hopper_device(device: torch.device) -> str:
     return ""
 
 
-def _check_triton_shapes(
-    head_dim: int, dtype: torch.dtype, sizes: tuple[tuple[str, int], ...]
-) -> None:
+def _check_triton_shapes(head_dim: int, dtype: torch.dtype) -> None:
     if head_dim not in _TRITON_HEAD_DIMS:
         raise ValueError(
             f"head dim must be one of {_TRITON_HEAD_DIMS} for backend 'triton', got {head_dim}; "
@@ -159,9 +150,3 @@ def _check_triton_shapes(
             f"dtype must be float32, float16 or bfloat16 for backend 'triton', got {dtype}; "
             "convert q, k and v or use backend='reference'"
         )
-    for name, size in sizes:
-        if not 1 <= size <= _TRITON_MAX_BLOCK:
-            raise ValueError(
-                f"{name} must be 1 to {_TRITON_MAX_BLOCK} tokens for backend 'triton', got {size}; "
-                "use smaller blocks or backend='reference'"
-            )

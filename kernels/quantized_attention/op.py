@@ -10,6 +10,7 @@ from ..quantized import Quantized
 
 BACKENDS = ("reference", "triton", "hopper")
 _HEAD_DIMS = (64, 128)
+_TRITON_MAX_BLOCK = 128
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -135,7 +136,7 @@ def _check_inputs(*tensors: Tensor) -> None:
     if tensors[0].dtype not in _DTYPES:
         raise ValueError(
             f"dtype must be float16 or bfloat16, got {tensors[0].dtype}; convert q, k and v or use "
-            "block_sparse_attention"
+            "offsets for each head; use block_sparse_attention"
         )
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise ValueError(
@@ -145,11 +146,22 @@ def _check_inputs(*tensors: Tensor) -> None:
 
 
 def _choose_backend(backend: str, x: Tensor, blocks: Blocks, pv: str) -> str:
+    if 3 in (blocks.q_offsets.ndim, blocks.kv_offsets.ndim):
+        raise ValueError(
+            "blocks.q_offsets and blocks.kv_offsets must be [N + 1] for quantized attention, got "
+            "offsets for each head; use block_sparse_attention"
+        )
     chosen = backend_for(backend, x, blocks)
     if chosen == "triton" and x.shape[-1] not in _HEAD_DIMS:
         raise ValueError(
             f"head dim must be one of {_HEAD_DIMS} for backend 'triton', got {x.shape[-1]}; "
             "use backend='reference'"
+        )
+    size = max(blocks.q_block_size, blocks.kv_block_size)
+    if chosen == "triton" and size > _TRITON_MAX_BLOCK:
+        raise ValueError(
+            f"block size must be at most {_TRITON_MAX_BLOCK} tokens for backend 'triton', got "
+            f"{size}; use smaller blocks or backend='reference'"
         )
     if chosen == "hopper" and pv == "none":
         if backend == "auto":
