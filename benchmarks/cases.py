@@ -1,4 +1,4 @@
-"""What is measured: the shapes, and random masks over blocks whose last one is a true tail."""
+"""What is measured: the shapes, and random masks over equal blocks with a tail or over clusters."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,8 @@ from torch import Tensor
 from gossamer.sparse.layout import BlockLayout, RowMajor, TokenGrid
 from gossamer.sparse.mask import BlockMask
 
-ROWS = ("uniform", "skewed")
+ROWS = ("uniform", "skewed", "clusters")
+SPREAD = 0.5  # standard deviation of the logarithm of a cluster's size
 SKEW = 7  # kv blocks of the longest row over those of the shortest one
 MIN_SKEWED_SPARSITY = 0.6  # below, the longest rows would need more blocks than there are
 SINKS = 4  # kv blocks of each head that every skewed row selects
@@ -27,7 +28,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """One mask of a shape; `block` is (tokens of a q block, tokens of a kv block)."""
+    """One mask of a shape; `block` is (tokens of a q block, of a kv block), a mean for clusters."""
 
     block: tuple[int, int]
     sparsity: float
@@ -62,13 +63,32 @@ def layouts(
     return q_layout.to(device), kv_layout.to(device)
 
 
+def clusters(
+    tokens: int, heads: int, block: tuple[int, int], device: torch.device, seed: int = 0
+) -> tuple[BlockLayout, BlockLayout]:
+    """Return layouts like those of k-means: each head has its own sizes, log-normal around block.
+
+    The host knows no bound of a size but the number of tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layouts = []
+    for mean in block:
+        num_blocks = max(1, round(tokens / mean))
+        size = torch.randn(1, heads, num_blocks, generator=generator, dtype=torch.float64)
+        share = (SPREAD * size).exp().cumsum(-1)
+        ends = (share / share[..., -1:] * tokens).round().int()
+        offsets = torch.cat([ends.new_zeros(1, heads, 1), ends], -1).to(device)
+        layouts.append(BlockLayout(offsets, tokens))
+    return layouts[0], layouts[1]
+
+
 def random_mask(
     case: Case, heads: int, q_layout: BlockLayout, kv_layout: BlockLayout, seed: int = 0
 ) -> BlockMask:
     """Select random kv blocks for each q block.
 
-    Uniform rows all select the same number. Skewed rows select numbers that vary SKEW-fold between
-    heads and rows around the same mean, and begin with the sinks of their head.
+    Uniform rows and those over clusters all select the same number. Skewed rows select numbers that
+    vary SKEW-fold between heads and rows around the same mean, and begin with their head's sinks.
     """
     device = q_layout.offsets.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -87,7 +107,7 @@ def random_mask(
 def row_counts(case: Case, heads: int, num_q: int, num_kv: int, seed: int = 0) -> Tensor:
     """Return how many of num_kv blocks each row selects, int64 [heads, num_q]."""
     mean = (1 - case.sparsity) * num_kv
-    if case.rows == "uniform":
+    if case.rows != "skewed":
         return torch.full((heads, num_q), max(1, round(mean)))
     generator = torch.Generator().manual_seed(seed)
     exact = mean * _spread(heads, generator)[:, None] * _spread(num_q, generator)

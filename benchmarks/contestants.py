@@ -29,6 +29,8 @@ def index_lists(mask: BlockMask, tokens: int) -> Blocks:
 def flex_mask(mask: BlockMask, tokens: int) -> FlexMask:
     """Return torch's BlockMask of the same lists: every selected block is a full one."""
     blocks = mask.blocks
+    if not blocks.is_uniform:
+        raise ValueError("flex takes blocks of one size, not clusters; use rows=uniform")
     return FlexMask.from_kv_blocks(
         torch.zeros_like(blocks.kv_num_blocks),
         torch.zeros_like(blocks.kv_indices),

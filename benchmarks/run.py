@@ -14,6 +14,7 @@ from gossamer.benchmarks.cases import (
     Case,
     Shape,
     cases,
+    clusters,
     layouts,
     random_mask,
 )
@@ -118,12 +119,13 @@ class Runner:
                         return
                     # Recompilations are limited, and a new geometry compiles anew anyway.
                     torch.compiler.reset()
-                    key = (contestant.name, block, shape.head_dim)
-                    if key not in self._checks:
-                        self._checks[key] = self._check(contestant, block, shape.head_dim)
                     for case in self._cases((block,)) if block else (None,):
                         if self._is_late():
                             return
+                        is_clustered = case is not None and case.rows == "clusters"
+                        key = (contestant.name, block, shape.head_dim, is_clustered)
+                        if key not in self._checks:
+                            self._checks[key] = self._check(contestant, *key[1:])
                         yield self._row(contestant, shape, case, leaves, self._checks[key])
 
     def _cases(self, blocks: tuple[tuple[int, int], ...]) -> list[Case]:
@@ -144,9 +146,16 @@ class Runner:
             for _ in range(count)
         ]  # fmt: skip
 
-    def _check(self, contestant: Contestant, block: tuple[int, int] | None, head_dim: int) -> Check:
+    def _check(
+        self,
+        contestant: Contestant,
+        block: tuple[int, int] | None,
+        head_dim: int,
+        is_clustered: bool,
+    ) -> Check:
         """Compare a contestant with plain PyTorch in fp32 on a small shape with tails."""
-        case = Case(block or (64, 64), CHECK_SPARSITY, "skewed")
+        rows = "clusters" if is_clustered else "skewed"
+        case = Case(block or (64, 64), CHECK_SPARSITY, rows)
         if contestant.is_dense:
             case = Case(case.block, DENSE_SPARSITY, DENSE_ROWS)
         mask = self._mask(case, CHECK_HEADS, CHECK_TOKENS)
@@ -194,6 +203,8 @@ class Runner:
                 check.failures.update(dict.fromkeys(phases, f"wrong: {name} off by {error:.1e}"))
 
     def _mask(self, case: Case, heads: int, tokens: int) -> BlockMask:
+        if case.rows == "clusters":
+            return random_mask(case, heads, *clusters(tokens, heads, case.block, self._device))
         return random_mask(case, heads, *layouts(tokens, case.block, self._device))
 
     def _row(
@@ -216,7 +227,15 @@ class Runner:
             elif self._is_late():
                 row.phases[phase] = OUT_OF_TIME
             elif phase in _OF_MASKS:
-                key = (phase, shape.name, contestant.prepare, case.block, case.sparsity)
+                is_clustered = case.rows == "clusters"
+                key = (
+                    phase,
+                    shape.name,
+                    contestant.prepare,
+                    case.block,
+                    case.sparsity,
+                    is_clustered,
+                )
                 if key not in self._masks:
                     self._masks[key] = self._time(getattr(runs, phase))
                 row.phases[phase] = self._masks[key]

@@ -18,7 +18,8 @@ HELP = {
     "shape": f"{', '.join(SHAPES)}, or HEADSxTOKENSxDIM",
     "block": "tokens of a q block x tokens of a kv block",
     "sparsity": f"0, or {MIN_SKEWED_SPARSITY} to below 1 with skewed rows",
-    "rows": "uniform: as many blocks in every row; skewed: 7-fold, with sinks",
+    "rows": "uniform: as many blocks in every row; skewed: 7-fold, with sinks; clusters: blocks of "
+    "any size around block, other ones in each head",
     "contestant": ", ".join(CONTESTANTS),
     "phase": "lists is a part of mask; total is mask, forward and backward in one run",
     "seconds": "start nothing new after this long; a first compilation may overrun it",
@@ -32,7 +33,7 @@ class Settings:
     shape: tuple[Shape, ...] = (SHAPES["A"],)
     block: tuple[tuple[int, int], ...] = ((64, 64), (128, 64), (128, 128))
     sparsity: tuple[float, ...] = (0.9, 0.95)
-    rows: tuple[str, ...] = ROWS
+    rows: tuple[str, ...] = ("uniform", "skewed")
     contestant: tuple[str, ...] = tuple(CONTESTANTS)
     phase: tuple[str, ...] = PHASES
     seconds: float = float("inf")

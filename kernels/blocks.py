@@ -22,8 +22,8 @@ class Blocks:
         q_indices: [B, H, Nk, Nq], those q blocks in ascending order; 0 past the count.
         q_offsets: first token of each q block, [Nq + 1], or [B, H, Nq + 1] for one per head.
         kv_offsets: first token of each kv block, [Nk + 1] or [B, H, Nk + 1].
-        q_block_size: tokens of the largest q block.
-        kv_block_size: tokens of the largest kv block.
+        q_block_size: tokens of the largest q block, or more.
+        kv_block_size: tokens of the largest kv block, or more.
         is_uniform: on both sides every block but the last holds block_size tokens.
     """
 

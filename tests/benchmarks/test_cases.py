@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from gossamer.benchmarks.cases import SHAPES, SINKS, SKEW, Case, cases, layouts, random_mask
+from gossamer.benchmarks.cases import (
+    SHAPES,
+    SINKS,
+    SKEW,
+    Case,
+    cases,
+    clusters,
+    layouts,
+    random_mask,
+)
 from gossamer.benchmarks.cases import row_counts as count_rows
 
 CPU = torch.device("cpu")
@@ -75,3 +84,16 @@ def test_sparsity_0_selects_all_and_has_no_skewed_rows() -> None:
         (0.9, "skewed"),
     ]
     assert random_mask(found[0], 2, *layouts(100, (16, 8), CPU)).selected.all()
+
+
+def test_clusters_vary_in_size_around_the_mean_and_from_head_to_head() -> None:
+    pair = clusters(75_600, 8, (252, 76), CPU)
+    for layout, mean in zip(pair, (252, 76), strict=True):
+        sizes = layout.sizes.double()
+        assert layout.block_size == 75_600 and not layout.is_uniform
+        assert sizes.sum(-1).eq(75_600).all() and sizes.min() >= 0
+        assert sizes.mean() == pytest.approx(mean, rel=0.01)
+        assert 0.4 < sizes.std() / sizes.mean() < 0.7
+        assert not torch.equal(sizes[0, 0], sizes[0, 1])
+    mask = random_mask(Case((252, 76), 0.9, "clusters"), 8, *pair)
+    assert float(mask.density.mean()) == pytest.approx(0.1, abs=0.005)

@@ -108,6 +108,17 @@ def test_it_measures_every_case_and_phase_dense_first(
     assert len(stopwatch.results) == stopwatch.marks == 3 + 5 + 5 + 3
 
 
+def test_clusters_are_checked_on_their_own(make_runner: Callable[..., Runner]) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
+        return REFERENCE.attend(q, k, v, blocks) * (1 if blocks.is_uniform else 2)
+
+    rows = ("uniform", "clusters")
+    wrong = Contestant("wrong on clusters", attend, REFERENCE.truth)
+    found = timed(make_runner(REFERENCE, wrong, rows=rows))
+    every, of_masks = " ".join(PHASES), "lists mask"
+    assert found == {"reference": [every, every], "wrong on clusters": [every, of_masks]}
+
+
 def test_what_is_timed_are_output_gradients_and_index_lists(
     make_runner: Callable[..., Runner], stopwatch: FakeStopwatch
 ) -> None:

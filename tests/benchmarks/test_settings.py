@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from gossamer.benchmarks.cases import ROWS, SHAPES, Shape
+from gossamer.benchmarks.cases import SHAPES, Shape
 from gossamer.benchmarks.contestants import CONTESTANTS
 from gossamer.benchmarks.settings import HELP, PHASES, RESULTS, Settings, describe, parse
 from gossamer.train.cli import main
@@ -16,7 +16,7 @@ from gossamer.train.refusal import Refusal
 def test_nothing_given_measures_every_contestant_row_and_phase_of_shape_a() -> None:
     settings = parse([])
     assert settings == Settings()
-    assert settings.shape == (SHAPES["A"],) and settings.rows == ROWS
+    assert settings.shape == (SHAPES["A"],) and settings.rows == ("uniform", "skewed")
     assert settings.contestant == tuple(CONTESTANTS) and settings.phase == PHASES
 
 

@@ -14,6 +14,7 @@ from gossamer.kernels.compensated_attention.op import compensated_attention
 
 pytestmark = pytest.mark.gpu
 LENGTHS = (1, 63, 64, 65, 127, 129, 1000)
+CLUSTERS = ([0, 1, 130, 5, 300, 70], [130, 0, 5, 1, 300, 33, 3, 64])
 _triton = partial(block_sparse_attention, backend="triton")
 
 
@@ -54,9 +55,23 @@ def test_triton_is_as_accurate_on_blocks_of_any_size(
     assert_as_accurate(actual, plain, exact, torch.finfo(torch.bfloat16).eps)
 
 
-def test_twenty_backward_runs_give_the_same_bits(make_problem: Callable) -> None:
-    sizes = _tiles(1000, 64)
-    problem = make_problem(sizes, sizes, batch=2, heads=4, head_dim=64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_triton_is_as_accurate_on_clusters(
+    make_problem: Callable, assert_as_accurate: Callable, head_dim: int, dtype: torch.dtype
+) -> None:
+    for attend in (block_sparse_attention, compensated_attention):
+        problem = make_problem(*CLUSTERS, batch=2, head_dim=head_dim, dtype=dtype)
+        actual = problem.run(partial(attend, backend="triton"), dtype)
+        plain, exact = (problem.run(attend, way) for way in (dtype, torch.float64))
+        assert_as_accurate(actual, plain, exact, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("sizes", [(_tiles(1000, 64),) * 2, CLUSTERS], ids=["tiles", "clusters"])
+def test_twenty_backward_runs_give_the_same_bits(
+    make_problem: Callable, sizes: tuple[list[int], list[int]]
+) -> None:
+    problem = make_problem(*sizes, batch=2, heads=4, head_dim=64, dtype=torch.bfloat16)
     first = problem.run(_triton, torch.bfloat16)
     for _ in range(19):
         again = problem.run(_triton, torch.bfloat16)
@@ -76,8 +91,11 @@ def _compensated(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> tuple[Tenso
     return out, lse + block_mean(q, blocks.q_offsets, blocks.q_block_size).mean()
 
 
-def test_a_step_never_waits_for_the_gpu(make_problem: Callable) -> None:
-    problem = make_problem(_tiles(1000, 64), _tiles(1000, 64), head_dim=64)
+@pytest.mark.parametrize("sizes", [(_tiles(1000, 64),) * 2, CLUSTERS], ids=["tiles", "clusters"])
+def test_a_step_never_waits_for_the_gpu(
+    make_problem: Callable, sizes: tuple[list[int], list[int]]
+) -> None:
+    problem = make_problem(*sizes, head_dim=64)
     problem.run(_compensated, torch.bfloat16)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -100,6 +118,22 @@ def test_a_new_length_or_count_compiles_nothing(make_problem: Callable) -> None:
         problem = make_problem(sizes, sizes, batch=1 + num_tokens % 2, heads=3, head_dim=64)
         problem.run(_triton, torch.bfloat16)
         counts.append(compiled())
+    assert len(set(counts)) == 1
+
+
+def test_a_new_bound_of_the_size_or_number_of_clusters_compiles_nothing(
+    make_problem: Callable,
+) -> None:
+    from gossamer.kernels import ragged
+    from gossamer.kernels.block_sparse_attention import triton as kernels
+
+    names = ("fwd", "bwd_dq", "bwd_dkv")
+    jits = [getattr(kernels, f"_block_sparse_attention_{name}") for name in names]
+    jits.append(ragged._cut)
+    counts = []
+    for sizes in (CLUSTERS, ([129], [1000]), ([16] * 16, [300, 16, 0]), ([7, 2000], [5] * 40)):
+        make_problem(*sizes, heads=2, head_dim=64).run(_triton, torch.bfloat16)
+        counts.append(sum(len(cache[0]) for jit in jits for cache in jit.device_caches.values()))
     assert len(set(counts)) == 1
 
 

@@ -80,8 +80,6 @@ def test_an_unknown_backend_is_refused(make_problem: Callable) -> None:
         ({"head_dim": 48}, r"head dim must be one of \(16, 32, 64, 128\).*got 48"),
         ({"head_dim": 256}, "got 256; use backend='reference'"),
         ({"dtype": torch.float64}, "dtype must be float32, float16 or bfloat16.*got torch.float64"),
-        ({"q_block_size": 129}, "q_block_size must be 1 to 128 tokens.*got 129"),
-        ({"kv_block_size": 256}, "kv_block_size must be 1 to 128 tokens.*got 256"),
         ({"dtype": torch.int32}, "dtype must be float32, float16, bfloat16 or float64"),
     ],
 )
@@ -107,6 +105,12 @@ def test_choose_backend_names_what_hopper_cannot_run(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         choose_backend("hopper", **(SUPPORTED | {"dtype": torch.bfloat16} | change))
+
+
+def test_triton_takes_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    changes = {"q_block_size": 75_600, "kv_block_size": 129, "is_uniform": False}
+    assert choose_backend("triton", **(SUPPORTED | changes)) == "triton"
 
 
 def test_auto_is_the_reference_on_a_cpu() -> None:
