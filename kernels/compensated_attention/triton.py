@@ -552,7 +552,7 @@ def add_centroid_gradients(
     out and lse are those of compensated attention.
     """
     num_heads = q.shape[0] * q.shape[1]
-    num_q_blocks, num_kv_blocks = blocks.kv_indices.shape[2:]
+    num_kv_blocks = blocks.kv_indices.shape[3]
     delta = torch.empty_like(lse)
     scale_log2 = scale * _LOG2_E.value
     with on_device(q.device):
