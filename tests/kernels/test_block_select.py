@@ -126,4 +126,4 @@ def test_the_operator_passes_opcheck(device: str) -> None:
     score = torch.rand(1, 2, 3, 5, device=device)
     budget = _budget(0.3, 0.5, device)
     hybrid_select(score, *budget, backend="triton")
-    torch.library.opcheck(torch.ops.gossamer.hybrid_select.default, (score, *budget))
+    torch.library.opcheck(torch.ops.gossamer.hybrid_select.default, (score, *budget, True))
