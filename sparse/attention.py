@@ -73,7 +73,7 @@ class SparseAttention(nn.Module):
         self.layout = _own(method.layout, num_heads)
         self.estimator = method.estimator
         self.policy = _own(method.policy, num_heads)
-        self.compensation = method.compensation
+        self.compensation = _own(method.compensation, num_heads)
         self.backend = method.backend
         self.mask: BlockMask | None = None
 

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from gossamer.kernels.block_pool.op import block_mean
 from gossamer.sparse import orders
-from gossamer.sparse.layout import BlockLayout, TokenGrid, positive
+from gossamer.sparse.layout import BlockLayout, TokenGrid, check_grid, positive
 from gossamer.sparse.layouts.per_head import RunsPerHead
 
 SPATIAL, TEMPORAL, NEITHER = range(3)
 _GOLDEN = (sqrt(5) - 1) / 2
+_LEAST = 1e-10
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -98,7 +99,7 @@ class HeadPattern:
     def classify(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
         """Return each head's pattern, int64 [B, H]: SPATIAL, TEMPORAL or NEITHER."""
         error = self.errors(q, k, v, grid)
-        pattern = error.argmin(-1)
+        pattern = (error[..., TEMPORAL] < error[..., SPATIAL]).long()
         if self.max_error is None:
             return pattern
         return pattern.where(error.amin(-1) <= self.max_error, NEITHER)
@@ -109,6 +110,7 @@ class HeadPattern:
 
         Costs `rows` rows of dense attention, and those of the two bands, which share their logits.
         """
+        check_grid(grid, q)
         key = (grid, q.device)
         if key not in self._probes:
             self._probes[key] = self._probe(grid, q.device)
@@ -124,7 +126,8 @@ class HeadPattern:
                 .sum((-2, -1))
                 for hidden in probe.hidden
             ]
-        return torch.stack(change, -1) / square.clamp(min=torch.finfo(square.dtype).tiny)[..., None]
+        error = torch.stack(change, -1) / square.clamp(min=_LEAST)[..., None]
+        return error.clamp(min=_LEAST)  # below it lies rounding
 
     def _orders(self, grid: TokenGrid) -> list[Tensor]:
         frame_major = orders.row_major(grid)
