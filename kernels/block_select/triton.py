@@ -88,7 +88,8 @@ def _hybrid_select_fwd(
         mass = tl.sum(tl.where(selected, score, 0.0), 0)
         last_score = tl.min(tl.where(selected, score, float("inf")), 0)
         last = tl.max(tl.where(selected & (score == last_score), column, -1), 0)
-        selected = selected & ((column != last) | (count <= top_k) | (mass <= p))
+        last = tl.where((count > top_k) & (mass > p), last, -1)
+        selected = selected & (column != last)
     tl.store(selected_ptr + (head * num_rows + row) * num_columns + column, selected, in_row)
 
 
