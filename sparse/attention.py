@@ -4,7 +4,7 @@ import logging
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,14 @@ class SparseMethod:
     compensation: Compensation
     backend: Backend = "auto"
 
+    def __post_init__(self) -> None:
+        needed = getattr(self.estimator, "needs_layout", None)
+        if needed and not isinstance(self.layout, needed):
+            raise ValueError(
+                f"layout={type(self.layout).__name__}: allowed is {needed.__module__}."
+                f"{needed.__name__} with estimator {type(self.estimator).__name__}; set both"
+            )
+
 
 class DenseAttention(nn.Module):
     """Full attention with the signature of SparseAttention: teachers and controls use it."""
@@ -62,10 +70,10 @@ class SparseAttention(nn.Module):
 
     def __init__(self, method: SparseMethod, num_heads: int) -> None:
         super().__init__()
-        self.layout = method.layout
+        self.layout = _own(method.layout, num_heads)
         self.estimator = method.estimator
-        self.policy = deepcopy(method.policy).for_heads(num_heads)
-        self.compensation = method.compensation
+        self.policy = _own(method.policy, num_heads)
+        self.compensation = _own(method.compensation, num_heads)
         self.backend = method.backend
         self.mask: BlockMask | None = None
 
@@ -74,7 +82,10 @@ class SparseAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, timestep: Tensor) -> Tensor:
         """Return attention of q, k, v [B, H, S, D] in sequence order; timestep [B]."""
-        q_layout, kv_layout = self.layout(q, k, grid)
+        if self.mask is None:
+            q_layout, kv_layout = self.layout(q, k, v, grid)
+        else:
+            q_layout, kv_layout = self.mask.q_layout, self.mask.kv_layout
         q, k, v = permute_qkv(q_layout, kv_layout, q, k, v)
         if self.mask is None:
             with torch.no_grad():
@@ -107,6 +118,11 @@ def check_backend(
         kv_block_size=kv_block,
         is_uniform=True,
     )
+
+
+def _own(part: Any, num_heads: int) -> Any:
+    """Return the layer's own copy of a part with parameters for each head, or the part itself."""
+    return deepcopy(part).for_heads(num_heads) if isinstance(part, nn.Module) else part
 
 
 @cache

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gossamer.kernels.permute.op import permute, unpermute
+from gossamer.sparse import orders
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,12 @@ class BlockLayout:
         """Bring x [B, H, S, D] from block order back into sequence order."""
         return unpermute((x,), (self.order,))[0]
 
+    def of_first(self, samples: int) -> "BlockLayout":
+        """Return the layout of the first samples of the batch."""
+        offsets = self.offsets if self.offsets.ndim == 1 else self.offsets[:samples]
+        order = self.order if self.order is None or self.order.ndim == 1 else self.order[:samples]
+        return BlockLayout(offsets, self.block_size, order, self.text, self.is_uniform)
+
     def to(self, device: torch.device) -> "BlockLayout":
         def move(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(device)
@@ -89,12 +96,14 @@ def permute_qkv(
 
 
 class Layout(Protocol):
-    """Groups the tokens of q and of k: static layouts use the grid only, clusters also q and k."""
+    """Groups the tokens of q and of k: static layouts use the grid only, others also q, k and v."""
 
     block_shape: tuple[int, int]  # tokens of the largest q block and kv block
 
-    def __call__(self, q: Tensor, k: Tensor, grid: TokenGrid) -> tuple[BlockLayout, BlockLayout]:
-        """Return the q and the kv layout; q, k [B, H, S, D] in sequence order."""
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid
+    ) -> tuple[BlockLayout, BlockLayout]:
+        """Return the q and the kv layout; q, k, v [B, H, S, D] in sequence order."""
 
 
 class _Static:
@@ -103,12 +112,10 @@ class _Static:
     def __init__(self) -> None:
         self._built: dict[tuple[TokenGrid, torch.device], tuple[BlockLayout, BlockLayout]] = {}
 
-    def __call__(self, q: Tensor, k: Tensor, grid: TokenGrid) -> tuple[BlockLayout, BlockLayout]:
-        if q.shape[2] != grid.num_tokens:
-            raise ValueError(
-                f"grid={grid}: it has {grid.num_tokens} tokens but q has {q.shape[2]}; "
-                "pass the grid of the model's own latents"
-            )
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid
+    ) -> tuple[BlockLayout, BlockLayout]:
+        check_grid(grid, q)
         key = (grid, q.device)
         if key not in self._built:
             q_layout, kv_layout = self.build(grid)
@@ -126,11 +133,12 @@ class RowMajor(_Static):
 
     def __init__(self, *, q_block: int = 128, kv_block: int = 64) -> None:
         super().__init__()
-        self.block_shape = (_positive("q_block", q_block), _positive("kv_block", kv_block))
+        self.block_shape = (positive("q_block", q_block), positive("kv_block", kv_block))
 
     def build(self, grid: TokenGrid) -> tuple[BlockLayout, BlockLayout]:
-        q_block, kv_block = self.block_shape
-        return _runs(grid, q_block), _runs(grid, kv_block)
+        order = orders.row_major(grid)
+        q_layout, kv_layout = (runs(grid, order, block) for block in self.block_shape)
+        return q_layout, kv_layout
 
 
 class Tiles(_Static):
@@ -140,27 +148,21 @@ class Tiles(_Static):
         super().__init__()
         if len(block) != 3:
             raise ValueError(f"block={block}: allowed is [frames, height, width]; give three sizes")
-        self.block = tuple(_positive("block", size) for size in block)
+        self.block = tuple(positive("block", size) for size in block)
         self.block_shape = (prod(self.block), prod(self.block))
 
     def build(self, grid: TokenGrid) -> tuple[BlockLayout, BlockLayout]:
-        t, h, w = self.block
-        frame, row, column = torch.meshgrid(
-            torch.arange(grid.frames) // t,
-            torch.arange(grid.height) // h,
-            torch.arange(grid.width) // w,
-            indexing="ij",
-        )
-        tiles_high, tiles_wide = -(-grid.height // h), -(-grid.width // w)
-        tile = ((frame * tiles_high + row) * tiles_wide + column).flatten()
-        order = torch.argsort(tile, stable=True) + grid.text_before
+        tile = orders.tile_of_token(grid, self.block)
+        order = torch.argsort(tile, stable=True)
         layout = _with_text(grid, order, torch.bincount(tile), prod(self.block))
         return layout, layout
 
 
-def _runs(grid: TokenGrid, block: int) -> BlockLayout:
-    """Cut the video tokens into runs of `block`, the last one shorter."""
-    order = torch.arange(grid.num_video) + grid.text_before
+def runs(grid: TokenGrid, order: Tensor, block: int) -> BlockLayout:
+    """Cut the video tokens, in an order int64 [num_video], into runs of `block`, the last shorter.
+
+    Text tokens get runs of their own before and after, whatever the order.
+    """
     return _with_text(grid, order, _run_sizes(grid.num_video, block), block)
 
 
@@ -168,7 +170,8 @@ def _with_text(grid: TokenGrid, video_order: Tensor, sizes: Tensor, block: int) 
     """Add blocks of text tokens before and after the video blocks."""
     before, after = _run_sizes(grid.text_before, block), _run_sizes(grid.text_after, block)
     text_after = torch.arange(grid.text_after) + grid.text_before + grid.num_video
-    order = torch.cat([torch.arange(grid.text_before), video_order, text_after])
+    before_video = torch.arange(grid.text_before)
+    order = torch.cat([before_video, video_order + grid.text_before, text_after])
     all_sizes = torch.cat([before, sizes, after])
     offsets = torch.cat([all_sizes.new_zeros(1), all_sizes.cumsum(0)]).int()
     text = torch.ones(len(all_sizes), dtype=torch.bool)
@@ -189,7 +192,17 @@ def _run_sizes(tokens: int, block: int) -> Tensor:
     return torch.tensor([block] * full + [rest] * (rest > 0), dtype=torch.long)
 
 
-def _positive(field: str, size: int) -> int:
+def check_grid(grid: TokenGrid, q: Tensor) -> None:
+    """Raise ValueError unless q [B, H, S, D] holds the tokens of the grid."""
+    if q.shape[2] != grid.num_tokens:
+        raise ValueError(
+            f"grid={grid}: it has {grid.num_tokens} tokens but q has {q.shape[2]}; "
+            "pass the grid of the model's own latents"
+        )
+
+
+def positive(field: str, size: int) -> int:
+    """Return the size as an integer; ValueError unless it is one of at least 1."""
     if int(size) != size or size < 1:
         raise ValueError(f"{field}={size}: allowed is an integer of at least 1; e.g. {field}=64")
     return int(size)

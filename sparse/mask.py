@@ -16,6 +16,7 @@ class BlockScores:
     q_layout: BlockLayout
     kv_layout: BlockLayout
     score: Tensor  # fp32 [B, H, Nq, Nk]
+    forced: Tensor | None = None  # bool [B, H, Nq, Nk], selected whatever the score and the budget
 
 
 @dataclass(frozen=True, eq=False)

@@ -79,7 +79,7 @@ def calibrate(
     start = time.monotonic()
     layers = list(attentions(teacher))
     heads = int(teacher.config.num_attention_heads)  # type: ignore[arg-type]
-    attention = SparseAttention(method, heads)
+    attention = SparseAttention(method, heads).to(samples[0].x.device)
     curve = torch.zeros(len(layers), heads, len(densities), dtype=torch.float64)
     rows: list[list[Tensor]] = [[] for _ in layers]
     for _, index, layer in _capture(teacher, attention, samples, probes, seed, "calibrate curves"):
@@ -182,7 +182,7 @@ def _in_blocks(
     gradients: list[Tensor],
 ) -> _Layer:
     q, k, v, out = (x.detach() for x in tensors)
-    q_layout, kv_layout = attention.layout(q, k, grid)
+    q_layout, kv_layout = attention.layout(q, k, v, grid)
     q, k, v = permute_qkv(q_layout, kv_layout, q, k, v)
     scores = attention.estimator(q, k, v, q_layout, kv_layout)
     per_probe = [q_layout.permute(g).float() for g in gradients]

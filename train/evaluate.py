@@ -84,12 +84,12 @@ class MaskReport:
 def measure_masks(model: nn.Module, samples: list[Sample]) -> MaskReport:
     """Run the sparse model on all samples and measure its masks, counted in token pairs."""
     layers: dict[str, SparseAttention] = attentions(model)
-    captured: dict[str, tuple[Tensor, Tensor, Any]] = {}
+    captured: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
     for name, attention in layers.items():
 
         def keep(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            captured[name] = (args[0], args[1], args[3])
+            captured[name] = (args[0], args[1])
 
         handles.append(attention.register_forward_pre_hook(keep))
     density: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -160,12 +160,12 @@ def evenly(items: int, count: int) -> list[int]:
     return [int((i + 0.5) * items / count) for i in range(count)]
 
 
-def _recall(attention: SparseAttention, q: Tensor, k: Tensor, grid: Any, clips: int) -> Tensor:
-    q_layout, kv_layout = attention.layout(q, k, grid)
-    q, k = q_layout.permute(q[:clips]), kv_layout.permute(k[:clips])
-    mass = Oracle()(q, k, k, q_layout, kv_layout).score
+def _recall(attention: SparseAttention, q: Tensor, k: Tensor, clips: int) -> Tensor:
     mask = attention.mask
     assert mask is not None
+    q_layout, kv_layout = mask.q_layout.of_first(clips), mask.kv_layout.of_first(clips)
+    q, k = q_layout.permute(q[:clips]), kv_layout.permute(k[:clips])
+    mass = Oracle()(q, k, k, q_layout, kv_layout).score
     return type(mask)(q_layout, kv_layout, mask.selected[:clips]).captured(mass).cpu()
 
 

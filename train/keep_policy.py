@@ -41,7 +41,7 @@ def keep_policy(
 
     def measure(module: nn.Module, args: tuple[Any, ...]) -> None:
         q, k, v, grid, _ = args
-        q_layout, kv_layout = sparse.layout(q, k, grid)
+        q_layout, kv_layout = sparse.layout(q, k, v, grid)
         q, k, v = permute_qkv(q_layout, kv_layout, q, k, v)
         mask = keep_text(sparse.policy(sparse.estimator(q, k, v, q_layout, kv_layout)))
         captured: Tensor = mask.captured(Oracle()(q, k, v, q_layout, kv_layout).score)

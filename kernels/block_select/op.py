@@ -9,18 +9,22 @@ _MAX_COLUMNS = 16384
 
 
 @torch.no_grad()
-def hybrid_select(score: Tensor, k: Tensor, p: Tensor, *, backend: str = "auto") -> Tensor:
+def hybrid_select(
+    score: Tensor, k: Tensor, p: Tensor, *, keep_crossing: bool = True, backend: str = "auto"
+) -> Tensor:
     """Return bool [B, H, Nq, Nk]: per row the union of Top-k and Top-p (SpargeAttention2, Eq. 9).
 
     Both are prefixes of the row in descending order, ties to the lower block. Top-k holds the share
     k of the Nk blocks, rounded and at least 1; Top-p ends with the block at which the mass reaches
-    p, and p >= 1 keeps all. A NaN counts as infinite, and an infinite score leaves its row to k
+    p, or before a block that would take it above p where keep_crossing is False (SpargeAttention),
+    and p >= 1 keeps all. A NaN counts as infinite, and an infinite score leaves its row to k
     alone (and to p >= 1). No gradient, no sync, deterministic.
 
     Args:
         score: [B, H, Nq, Nk], floating point, >= 0; computed with in fp32.
         k: [H] or [1], fp32, shares from 0 to 1.
         p: [H] or [1], fp32, masses from 0 to 1.
+        keep_crossing: whether the block that crosses p is kept.
         backend: "auto" (triton on CUDA, else reference), "reference" or "triton" (Nk up to 16,384).
 
     Raises:
@@ -51,4 +55,4 @@ def hybrid_select(score: Tensor, k: Tensor, p: Tensor, *, backend: str = "auto")
                     f"{score.shape[3]}; use larger blocks or backend='reference'"
                 )
             from .triton import forward
-    return forward(score, k, p)
+    return forward(score, k, p, keep_crossing)

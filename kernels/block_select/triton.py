@@ -3,7 +3,8 @@
 A block is kept if fewer than top_k blocks, or less than the mass p, lie before it in descending
 order. Both grow as the score falls, so the smallest score kept is found by bisection over the
 floats in their order, as integers. It ends when a single block, or only blocks of equal score, lie
-between the bounds; ties are then cut by their index.
+between the bounds; ties are then cut by their index. Where the block that crosses p is not kept,
+the last block is taken back if the mass with it is above p.
 """
 
 import torch
@@ -41,7 +42,7 @@ def _before(score, threshold):
 def _hybrid_select_fwd(
     score_ptr, k_ptr, p_ptr, selected_ptr,
     stride_b, stride_h, stride_q, stride_k, k_stride, p_stride,
-    num_heads, num_rows, num_columns, WIDTH: tl.constexpr,
+    num_heads, num_rows, num_columns, WIDTH: tl.constexpr, KEEP_CROSSING: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     b, h = head // num_heads, head % num_heads
@@ -81,10 +82,18 @@ def _hybrid_select_fwd(
         rank = (tl.cumsum(tied.to(tl.int32), 0) - 1).to(tl.float32)
         kept = (count + rank < top_k) | (mass + rank * threshold < p)
         selected = selected & (kept | (score > threshold))
+    if not KEEP_CROSSING:
+        selected = selected & in_row
+        count = tl.sum(selected.to(tl.float32), 0)
+        mass = tl.sum(tl.where(selected, score, 0.0), 0)
+        last_score = tl.min(tl.where(selected, score, float("inf")), 0)
+        last = tl.max(tl.where(selected & (score == last_score), column, -1), 0)
+        last = tl.where((count > top_k) & (mass > p), last, -1)
+        selected = selected & (column != last)
     tl.store(selected_ptr + (head * num_rows + row) * num_columns + column, selected, in_row)
 
 
-def _forward(score: Tensor, k: Tensor, p: Tensor) -> Tensor:
+def _forward(score: Tensor, k: Tensor, p: Tensor, keep_crossing: bool) -> Tensor:
     batch, num_heads, num_rows, num_columns = score.shape
     selected = torch.empty(score.shape, dtype=torch.bool, device=score.device)
     width = max(128, power_of_2(num_columns))
@@ -93,12 +102,12 @@ def _forward(score: Tensor, k: Tensor, p: Tensor) -> Tensor:
         _hybrid_select_fwd[(num_rows, batch * num_heads)](
             score, k, p, selected, *score.stride(), *strides,
             num_heads, num_rows, num_columns,
-            WIDTH=width, num_warps=min(max(width // 1024, 1), 16),
+            WIDTH=width, KEEP_CROSSING=keep_crossing, num_warps=min(max(width // 1024, 1), 16),
         )  # fmt: skip
     return selected
 
 
-def _fake(score: Tensor, k: Tensor, p: Tensor) -> Tensor:
+def _fake(score: Tensor, k: Tensor, p: Tensor, keep_crossing: bool) -> Tensor:
     return score.new_empty(score.shape, dtype=torch.bool)
 
 

@@ -50,6 +50,60 @@ def block_sparse_attention(
             return operator.forward(q, k, v, blocks, scale, backend)
 
 
+@torch.no_grad()
+def filtered_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Blocks,
+    skip_below: Tensor,
+    *,
+    scale: float | None = None,
+    backend: str = "reference",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return block_sparse_attention without the values that weigh little, for inference only.
+
+    Each q block meets its kv blocks in ascending order, in tiles of at most 64 x 64 tokens. A tile
+    whose logits lie below the running maximum of every one of its queries, by more than
+    `skip_below` says, adds to the softmax's denominator but not to the output: P V is skipped
+    (SpargeAttention, arXiv 2502.18137, section 3). So the lse stays that of block_sparse_attention.
+
+    Args:
+        q: [B, H, Sq, D]; k and v [B, H, Sk, D], blocks, scale: as in block_sparse_attention.
+        skip_below: [H] or [1], fp32, at most 0, in units of the natural logarithm: a tile is
+            skipped if max over its queries of (tile's maximum - running maximum) is below it.
+        backend: "reference" (plain PyTorch, any device); "auto" is the same.
+
+    Returns:
+        out [B, H, Sq, D], lse [B, H, Sq], and the share of the tiles skipped, fp32 [B, H].
+
+    Raises:
+        ValueError: naming field, value, allowed values and the fix, before any work.
+    """
+    scale = check_attention(q, k, v, blocks, scale)
+    if skip_below.shape not in ((1,), (q.shape[1],)) or skip_below.dtype != torch.float32:
+        raise ValueError(
+            f"skip_below must be float32 of shape [1] or [{q.shape[1]}], one a head, got "
+            f"{skip_below.dtype} {list(skip_below.shape)}; pass e.g. torch.tensor([-10.0])"
+        )
+    if skip_below.device != q.device:
+        raise ValueError(
+            f"skip_below must be on q's device {q.device}, got {skip_below.device}; move it there"
+        )
+    if q.device.type == "cpu" and not bool((skip_below <= 0).all()):
+        raise ValueError(
+            f"skip_below must be at most 0, got {skip_below.tolist()}; "
+            "the tile that holds a query's maximum is never skipped"
+        )
+    if backend not in ("auto", "reference"):
+        raise ValueError(
+            f"backend must be 'auto' or 'reference' with skip_below, got {backend!r}; use 'auto'"
+        )
+    from . import reference
+
+    return reference.filtered(q, k, v, blocks, skip_below, scale)
+
+
 def backend_for(backend: str, q: Tensor, blocks: Blocks) -> str:
     """Return what `choose_backend` says for q [B, H, Sq, D] and blocks."""
     return choose_backend(

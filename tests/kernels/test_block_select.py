@@ -68,6 +68,28 @@ def test_seven_hundred_blocks(device: str) -> None:
 
 
 @both
+@pytest.mark.parametrize("levels", [1, 3, 500])
+def test_without_the_crossing_block_a_row_is_the_longest_prefix_within_p(
+    device: str, levels: int, backend: str
+) -> None:
+    score = _dyadic(2, 3, 5, 37, device=device, levels=levels)
+    score[0, 0, 0] = 0  # a row without mass
+    num_blocks = score.shape[-1]
+    for share, k in ((0.0, 0.0), (0.37, 0.0), (0.5, 0.2), (1.0, 0.0)):
+        p = (score.sum(-1).max() * share).clamp(max=0.999).view(1)
+        budget = torch.tensor([k], device=device), p
+        kept = hybrid_select(score, *budget, keep_crossing=False, backend=backend)
+        more = hybrid_select(score, *budget, backend=backend)
+        assert not (kept & ~more).any()
+        count, count_more = kept.sum(-1), more.sum(-1)
+        fewest = max(1, round(k * num_blocks))
+        mass = (score.double() * more).sum(-1)
+        crossed = (count_more > fewest) & (mass > p.double())
+        assert torch.equal(count, count_more - crossed.long())
+        assert ((count == fewest) | ((score.double() * kept).sum(-1) <= p.double())).all()
+
+
+@both
 def test_the_share_is_rounded_to_even_and_ties_go_to_the_lower_block(
     device: str, backend: str
 ) -> None:
@@ -126,4 +148,4 @@ def test_the_operator_passes_opcheck(device: str) -> None:
     score = torch.rand(1, 2, 3, 5, device=device)
     budget = _budget(0.3, 0.5, device)
     hybrid_select(score, *budget, backend="triton")
-    torch.library.opcheck(torch.ops.gossamer.hybrid_select.default, (score, *budget))
+    torch.library.opcheck(torch.ops.gossamer.hybrid_select.default, (score, *budget, True))

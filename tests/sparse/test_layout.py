@@ -52,9 +52,8 @@ def test_text_tokens_get_blocks_of_their_own():
 
 def test_a_grid_of_another_length_is_refused():
     with pytest.raises(ValueError, match="16 tokens but q has 17"):
-        RowMajor(q_block=4, kv_block=4)(
-            torch.zeros(1, 1, 17, 8), torch.zeros(1, 1, 17, 8), TokenGrid(1, 4, 4)
-        )
+        x = torch.zeros(1, 1, 17, 8)
+        RowMajor(q_block=4, kv_block=4)(x, x, x, TokenGrid(1, 4, 4))
 
 
 @pytest.mark.parametrize("block", [0, -1, 2.5])

@@ -55,6 +55,91 @@ def test_the_mask_grows_with_k_and_with_p():
         assert not (small & ~large).any()
 
 
+def many_rows(columns=24):
+    """Scores of 1,000 heads with a row each: peaked, flat, with ties, with zeros, constant."""
+    generator = torch.Generator().manual_seed(7)
+    logits = torch.randn(1, 1000, 1, columns, generator=generator)
+    scale = 10 ** (3 * torch.rand(1, 1000, 1, 1, generator=generator) - 2)
+    score = (scale * logits).softmax(-1)
+    score[:, :200] = (score[:, :200] * 8).round() / 8
+    score[:, 200:250] = 1 / columns
+    score[:, 250:300] = 0
+    budgets = torch.rand(4, 1000, generator=generator)
+    budgets[:, 300:350] = budgets[:, 300:350].round()
+    k, more_k = budgets[:2].sort(0)[0]
+    p, more_p = budgets[2:].sort(0)[0]
+    return scores(score), (k, p), (more_k, more_p)
+
+
+def of_budget(k, p, keep_crossing):
+    policy = Hybrid(keep_crossing=keep_crossing).for_heads(1000)
+    policy.set_budget(k, p)
+    return policy
+
+
+@pytest.mark.parametrize("keep_crossing", [True, False])
+def test_in_a_thousand_cases_the_mask_grows_with_either_budget(keep_crossing):
+    found, (k, p), (more_k, more_p) = many_rows()
+    small = of_budget(k, p, keep_crossing)(found).selected
+    assert small.any(-1).all()
+    for larger in ((more_k, p), (k, more_p), (more_k, more_p)):
+        large = of_budget(*larger, keep_crossing)(found).selected
+        assert not (small & ~large).any()
+    ones = torch.ones(1000)
+    assert of_budget(ones, p, keep_crossing)(found).selected.all()
+    assert of_budget(k, ones, keep_crossing)(found).selected.all()
+
+
+@pytest.mark.parametrize("keep_crossing", [True, False])
+def test_in_a_thousand_cases_a_row_is_a_prefix_of_its_order_that_fits_its_budget(keep_crossing):
+    found, (k, p), _ = many_rows()
+    selected = of_budget(k, p, keep_crossing)(found).selected[0, :, 0]
+    for score, kept, head_k, head_p in zip(found.score[0, :, 0], selected, k, p, strict=True):
+        ranked = score.argsort(descending=True, stable=True)
+        count = int(kept.sum())
+        assert kept[ranked[:count]].all()
+        least = min(24, max(1, round(24 * float(head_k))))
+        mass = score[ranked].double().cumsum(0)
+        if head_p >= 1:
+            expected = [24]
+        else:  # fp32 cannot tell a mass from p within 1e-6
+            expected = []
+            for slack in (-1e-6, 1e-6):
+                inside = (mass - score[ranked] < float(head_p) + slack).sum()
+                if not keep_crossing:
+                    inside = min(inside, (mass <= float(head_p) + slack).sum())
+                expected.append(max(least, int(inside)))
+        assert min(expected) <= count <= max(expected)
+
+
+def test_the_crossing_block_is_left_out_in_spargeattentions_convention():
+    found = scores(torch.tensor([[[[0.25, 0.5, 0.125, 0.125]]]]))
+
+    def chosen(p, k=0.0):
+        return Hybrid(k=k, p=p, keep_crossing=False)(found).selected.flatten().tolist()
+
+    assert chosen(0.4) == [False, True, False, False]  # one is always kept
+    assert chosen(0.74) == [False, True, False, False]
+    assert chosen(0.75) == [True, True, False, False]
+    assert chosen(0.74, k=0.5) == [True, True, False, False]
+    assert chosen(1.0) == [True] * 4
+    assert Hybrid(k=0, p=0.74)(found).selected.flatten().tolist() == [True, True, False, False]
+
+
+def test_the_convention_stays_with_the_heads_copy():
+    assert Hybrid(keep_crossing=False).for_heads(2).keep_crossing is False
+
+
+def test_forced_blocks_are_kept_beside_the_budget():
+    found = random_scores(4)
+    forced = torch.zeros_like(found.score, dtype=torch.bool)
+    forced[:, :, 1], forced[..., 3] = True, True
+    with_forced = BlockScores(found.q_layout, found.kv_layout, found.score, forced)
+    for k, p in ((0.25, 0.0), (0.0, 0.5), (1.0, 0.0)):
+        policy = Hybrid(k=k, p=p)
+        assert torch.equal(policy(with_forced).selected, policy(found).selected | forced)
+
+
 def test_ties_go_to_the_lower_block():
     found = scores(torch.full((1, 1, 1, 6), 1 / 6))
     assert Hybrid(k=0.5, p=0)(found).selected.tolist() == [[[[True] * 3 + [False] * 3]]]

@@ -1,0 +1,209 @@
+"""SVG1's layout: frame-major or temporal-major order, chosen anew for each head (arXiv 2502.01776).
+
+A spatial head attends within its own and nearby frames, a temporal head to the same place in all
+frames: in frame-major and in temporal-major order, both are a band along the diagonal. Which of the
+two fits is measured on a few query rows.
+"""
+
+from dataclasses import dataclass, fields
+from math import sqrt
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gossamer.kernels.block_pool.op import block_mean
+from gossamer.sparse import orders
+from gossamer.sparse.layout import BlockLayout, TokenGrid, check_grid, positive
+from gossamer.sparse.layouts.per_head import RunsPerHead
+
+SPATIAL, TEMPORAL, NEITHER = range(3)
+_GOLDEN = (sqrt(5) - 1) / 2
+_LEAST = 1e-10
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PatternLayout(BlockLayout):
+    """A layout whose heads have a pattern: where its blocks lie along the head's band."""
+
+    pattern: Tensor  # int64 [B, H]: SPATIAL, TEMPORAL or NEITHER
+    place: Tensor  # fp32 [B, H, N], mean place of the block's video tokens in the band, in [0, 1)
+    sink: Tensor  # bool [N], blocks that every query attends to: first frames and text
+    may_be_neither: bool  # False where the layout gives every head SPATIAL or TEMPORAL
+
+
+class HeadPattern:
+    """Give each head the order, frame-major or temporal-major, in which its attention is a band.
+
+    For `rows` query rows spread over the whole video, the output under either band, of area
+    `density` and with the first `sink_frames` frames and all text kept, is compared with the dense
+    output; the lower mean squared error wins. A head in which both exceed `max_error` of the
+    output's mean square has neither pattern and stays in frame-major order. Temporal-major order
+    leaves the sink frames in front, in blocks of their own.
+    """
+
+    def __init__(
+        self,
+        *,
+        q_block: int = 128,
+        kv_block: int = 64,
+        rows: int = 64,
+        density: float = 0.2,
+        sink_frames: int = 1,
+        max_error: float | None = None,
+    ) -> None:
+        self.block_shape = (positive("q_block", q_block), positive("kv_block", kv_block))
+        self.rows = positive("rows", rows)
+        self.density = density
+        band_width(density, 1)  # refuses a density outside 0 to 1
+        if int(sink_frames) != sink_frames or sink_frames < 0:
+            raise ValueError(
+                f"sink_frames={sink_frames}: allowed is an integer of at least 0; e.g. 1"
+            )
+        if max_error is not None and not max_error >= 0:
+            raise ValueError(
+                f"max_error={max_error}: allowed is at least 0, or null for the better of the two "
+                "whatever its error; e.g. 0.5"
+            )
+        self.sink_frames, self.max_error = int(sink_frames), max_error
+        self._runs = RunsPerHead(self._orders, self.block_shape)
+        self._probes: dict[tuple[TokenGrid, torch.device], _Probe] = {}
+        self._bands: dict[tuple[TokenGrid, torch.device], tuple[_Bands, _Bands]] = {}
+
+    @torch.no_grad()
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid
+    ) -> tuple[PatternLayout, PatternLayout]:
+        """Return the q and the kv layout; q, k, v [B, H, S, D] in sequence order."""
+        pattern = self.classify(q, k, v, grid)
+        layouts = self._runs(pattern, q, grid)
+        key = (grid, q.device)
+        if key not in self._bands:
+            self._bands[key] = self._bands_of(grid, q.device)
+        q_layout, kv_layout = (
+            PatternLayout(
+                **{f.name: getattr(layout, f.name) for f in fields(BlockLayout)},
+                pattern=pattern,
+                place=bands.place[pattern],
+                sink=bands.sink,
+                may_be_neither=self.max_error is not None,
+            )
+            for layout, bands in zip(layouts, self._bands[key], strict=True)
+        )
+        return q_layout, kv_layout
+
+    def build(self, grid: TokenGrid) -> tuple[BlockLayout, BlockLayout]:
+        """Return the q and the kv layout of a spatial head."""
+        return self._runs.build(grid)
+
+    def classify(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
+        """Return each head's pattern, int64 [B, H]: SPATIAL, TEMPORAL or NEITHER."""
+        error = self.errors(q, k, v, grid)
+        pattern = (error[..., TEMPORAL] < error[..., SPATIAL]).long()
+        if self.max_error is None:
+            return pattern
+        return pattern.where(error.amin(-1) <= self.max_error, NEITHER)
+
+    @torch.no_grad()
+    def errors(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
+        """Return the squared output error of both bands over the output's square, fp32 [B, H, 2].
+
+        Costs `rows` rows of dense attention, and those of the two bands, which share their logits.
+        """
+        check_grid(grid, q)
+        key = (grid, q.device)
+        if key not in self._probes:
+            self._probes[key] = self._probe(grid, q.device)
+        probe = self._probes[key]
+        with torch.autocast(q.device.type, enabled=False):
+            key_t, value = k.float().transpose(-1, -2), v.float()
+            logits = q[:, :, probe.row].float() @ key_t * q.shape[-1] ** -0.5  # [B, H, R, S]
+            dense = logits.softmax(-1) @ value
+            square = dense.square().sum((-2, -1))
+            change = [
+                (logits.masked_fill(hidden, float("-inf")).softmax(-1) @ value - dense)
+                .square()
+                .sum((-2, -1))
+                for hidden in probe.hidden
+            ]
+        error = torch.stack(change, -1) / square.clamp(min=_LEAST)[..., None]
+        return error.clamp(min=_LEAST)  # below it lies rounding
+
+    def _orders(self, grid: TokenGrid) -> list[Tensor]:
+        frame_major = orders.row_major(grid)
+        return [frame_major, orders.temporal_major(grid, self.sink_frames), frame_major]
+
+    def _probe(self, grid: TokenGrid, device: torch.device) -> "_Probe":
+        row = sampled_rows(grid.num_video, self.rows)
+        width = band_width(self.density, grid.num_video)
+        is_sink = _is_sink_frame(grid, self.sink_frames)
+        hidden = torch.zeros(2, len(row), grid.num_tokens, dtype=torch.bool)
+        video = slice(grid.text_before, grid.text_before + grid.num_video)
+        for pattern, place in enumerate(_places(grid)):
+            far = (place[row, None] - place[None, :]).abs() > width
+            hidden[pattern, :, video] = far & ~is_sink
+        return _Probe((row + grid.text_before).to(device), hidden.to(device))
+
+    def _bands_of(self, grid: TokenGrid, device: torch.device) -> "tuple[_Bands, _Bands]":
+        video = slice(grid.text_before, grid.text_before + grid.num_video)
+        token = torch.zeros(4, grid.num_tokens, dtype=torch.float64)  # places, and 1 for a sink
+        token[:3, video] = torch.stack([*_places(grid), _places(grid)[0]]) / grid.num_video
+        token[3, video] = _is_sink_frame(grid, self.sink_frames).double()
+        found = []
+        for layout in self._runs.stacked(grid):
+            assert layout.order is not None
+            order = torch.cat([layout.order, layout.order[:1]])  # sinks lie in front in every order
+            ordered = token.gather(1, order)[None, ..., None]
+            mean = block_mean(ordered, layout.offsets, layout.block_size)[0, ..., 0]  # [4, N]
+            sink = mean[3] >= 0.5
+            if layout.text is not None:
+                sink |= layout.text
+            found.append(_Bands(mean[:3].float().to(device), sink.to(device)))
+        return found[0], found[1]
+
+
+class _Probe(NamedTuple):
+    """The sampled queries, and the keys that each pattern hides from them."""
+
+    row: Tensor  # int64 [R], tokens
+    hidden: Tensor  # bool [2, R, S]
+
+
+class _Bands(NamedTuple):
+    place: Tensor  # fp32 [3, N]
+    sink: Tensor  # bool [N]
+
+
+def band_width(density: float, num_tokens: int, num_text: int = 0) -> float:
+    """Return the w, in tokens, for which |i - j| <= w selects the share `density` of all pairs.
+
+    Rows and columns of `num_text` of the tokens are selected as well and count (SVG1's
+    sparsity_to_width, whose s - 2 * text / N is this to first order); 0 where they are enough.
+    """
+    if not 0 <= density <= 1:
+        raise ValueError(f"density={density}: allowed is a share from 0 to 1; e.g. density=0.2")
+    video = num_tokens - num_text
+    not_video = num_tokens**2 - video**2
+    share = max(0.0, (density * num_tokens**2 - not_video) / video**2)  # of pairs of video tokens
+    return video * (1 - sqrt(1 - share))
+
+
+def sampled_rows(num_tokens: int, rows: int) -> Tensor:
+    """Return up to `rows` tokens, rising, int64: one in each of equal parts of the sequence.
+
+    The golden ratio moves them within their parts, so that they fall into step with no axis.
+    """
+    rows = min(rows, num_tokens)
+    part = torch.arange(rows, dtype=torch.float64)
+    return ((part + (part * _GOLDEN).frac()) * (num_tokens / rows)).long()
+
+
+def _places(grid: TokenGrid) -> tuple[Tensor, Tensor]:
+    """Return each video token's place in frame-major and in temporal-major order, int64."""
+    token = torch.arange(grid.num_video)
+    positions = grid.height * grid.width
+    return token, token % positions * grid.frames + token // positions
+
+
+def _is_sink_frame(grid: TokenGrid, sink_frames: int) -> Tensor:
+    return torch.arange(grid.num_video) < sink_frames * grid.height * grid.width

@@ -1,0 +1,135 @@
+"""A static token order for each head: blocks are runs of tokens in the head's own order."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.sparse import orders
+from gossamer.sparse.layout import BlockLayout, TokenGrid, check_grid, positive, runs
+
+ORDERS = ("row_major", "temporal_major", "tiles", "hilbert")
+
+
+class RunsPerHead:
+    """Runs of tokens in one of several orders for each head, built once per grid and device."""
+
+    def __init__(
+        self, orders_of: Callable[[TokenGrid], Sequence[Tensor]], block_shape: tuple[int, int]
+    ) -> None:
+        self.orders_of = orders_of
+        self.block_shape = block_shape
+        self._built: dict[tuple[TokenGrid, torch.device], tuple[BlockLayout, BlockLayout]] = {}
+
+    def __call__(
+        self, choice: Tensor, q: Tensor, grid: TokenGrid
+    ) -> tuple[BlockLayout, BlockLayout]:
+        """Return the q and the kv layout, shared but for the order that each head takes.
+
+        `choice` holds places in the orders, int64 [B, H], [H] or [1]; q [B, H, S, D].
+        """
+        check_grid(grid, q)
+        key = (grid, q.device)
+        if key not in self._built:
+            q_layout, kv_layout = (layout.to(q.device) for layout in self.stacked(grid))
+            self._built[key] = q_layout, kv_layout
+        q_layout, kv_layout = self._built[key]
+        assert q_layout.order is not None
+        order = q_layout.order[choice].expand(*q.shape[:2], -1)  # [B, H, S]
+        return replace(q_layout, order=order), replace(kv_layout, order=order)
+
+    def build(self, grid: TokenGrid) -> tuple[BlockLayout, BlockLayout]:
+        """Return the q and the kv layout in the first order."""
+        return self._cut(grid, self.orders_of(grid)[0])
+
+    def _cut(self, grid: TokenGrid, order: Tensor) -> tuple[BlockLayout, BlockLayout]:
+        q_layout, kv_layout = (runs(grid, order, block) for block in self.block_shape)
+        return q_layout, kv_layout
+
+    def stacked(self, grid: TokenGrid) -> list[BlockLayout]:
+        """Return the layouts with all orders, int64 [orders, S], in place of one."""
+        cuts = [self._cut(grid, order) for order in self.orders_of(grid)]
+        token = torch.arange(grid.num_tokens)
+        stack = torch.stack([token if q.order is None else q.order for q, _ in cuts])
+        return [replace(layout, order=stack) for layout in cuts[0]]
+
+
+class PerHead(nn.Module):
+    """One of several named token orders for each head, cut into runs alike for all heads.
+
+    Every head starts in the first of `names`. All blocks but the last hold q_block or kv_block
+    tokens whatever the grid, so the kernels for full blocks serve every order.
+    """
+
+    choice: Tensor  # int64 [H] or [1], each head's place in `names`
+
+    def __init__(
+        self,
+        *,
+        names: Sequence[str] = ORDERS,
+        tile: Sequence[int] = (4, 4, 4),
+        q_block: int = 128,
+        kv_block: int = 64,
+        num_heads: int = 1,
+    ) -> None:
+        super().__init__()
+        for name in names:
+            if name not in ORDERS:
+                raise ValueError(f"names={name}: allowed is {', '.join(ORDERS)}; correct the name")
+        if not names:
+            raise ValueError(f"names=[]: allowed is one or more of {', '.join(ORDERS)}; add one")
+        if len(tile) != 3:
+            raise ValueError(f"tile={tile}: allowed is [frames, height, width]; give three sizes")
+        self.names = tuple(names)
+        self.tile = tuple(positive("tile", size) for size in tile)
+        self.block_shape = (positive("q_block", q_block), positive("kv_block", kv_block))
+        self.register_buffer("choice", torch.zeros(num_heads, dtype=torch.long))
+        self._runs = RunsPerHead(self._orders, self.block_shape)
+
+    def for_heads(self, num_heads: int) -> Self:
+        """Return a layout of the same orders with its own choice for each of the heads."""
+        q_block, kv_block = self.block_shape
+        made = type(self)(
+            names=self.names,
+            tile=self.tile,
+            q_block=q_block,
+            kv_block=kv_block,
+            num_heads=num_heads,
+        )
+        made.choice.copy_(self.choice[:1].expand(num_heads))
+        return made
+
+    def set_choice(self, choice: Tensor) -> None:
+        """Set each head's place in `names`, integers [H]."""
+        if not bool(((choice >= 0) & (choice < len(self.names))).all()):
+            raise ValueError(
+                f"choice={choice.tolist()}: allowed is 0 to {len(self.names) - 1}, the place of an "
+                f"order in {list(self.names)}; correct the numbers"
+            )
+        self.choice.copy_(choice)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid
+    ) -> tuple[BlockLayout, BlockLayout]:
+        """Return the q and the kv layout; q, k, v [B, H, S, D] in sequence order."""
+        return self._runs(self.choice, q, grid)
+
+    def build(self, grid: TokenGrid) -> tuple[BlockLayout, BlockLayout]:
+        """Return the q and the kv layout of a head in the first order."""
+        return self._runs.build(grid)
+
+    def _orders(self, grid: TokenGrid) -> list[Tensor]:
+        return [self._order(name, grid) for name in self.names]
+
+    def _order(self, name: str, grid: TokenGrid) -> Tensor:
+        match name:
+            case "row_major":
+                return orders.row_major(grid)
+            case "temporal_major":
+                return orders.temporal_major(grid)
+            case "tiles":
+                return orders.tiles(grid, self.tile)
+            case _:
+                return orders.hilbert(grid)
