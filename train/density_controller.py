@@ -52,7 +52,7 @@ class DensityController:
 
     @torch.no_grad()
     def before_step(self) -> dict[str, float]:
-        """Project the gradients of the shifts; return the price of density for the metrics."""
+        """Project the gradients of the shifts; return density and price for the metrics."""
         if not self._layers:
             return {}
         slopes, densities = [], []
@@ -73,7 +73,7 @@ class DensityController:
             assert shift.grad is not None
             shift.grad.add_(part)
         self._before = torch.cat([_flat(shift) for shift in self._shifts()])
-        return {"density_price": float(price)}
+        return {"density": measured, "density_price": float(price)}
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -291,8 +291,8 @@ def _steps(
             progress.update_ema(settings.ema)
         yield {
             "lr": lr,
-            **measured,
             "density": mean_density(progress.student),
+            **measured,
             "step_seconds": time.monotonic() - start,
             "data_seconds": waited,
         }
