@@ -4,9 +4,11 @@ Alone, every budget would grow: more blocks always lower the loss. The controlle
 density d at its target by projection, which unlike a price on density that is adapted over many
 steps (dual ascent) has no rate to tune, is right from the first step and cannot oscillate:
 
-- before an optimizer step it takes from the budgets' gradient g its part along c, the gradient of
-  d: g + price * c with price = -(g . c) / (c . c), which is what one more share of density would
-  lower the loss by. Heads that gain less than the price per share shrink, others grow;
+- before an optimizer step it adds price * c to the budgets' gradient g, c being the gradient of d.
+  The price is the median of -g / c, by which one more share of density lowers the loss in a head,
+  with c as its weight: as much density belongs to heads that gain less, which shrink, as to heads
+  that gain more, which grow. AdamW moves all by about the same, so that is what keeps d. (With
+  the mean, -(g . c) / (c . c), the few largest gains made all other heads of the demo shrink.)
 - after it, the log-odds of all budgets move by one number, so that d is back at its target by a
   linear estimate. Measured densities, noisy with Top-p, correct the estimate slowly.
 """
@@ -67,7 +69,7 @@ class DensityController:
         self._slope, measured = shared[:-1], float(shared[-1])
         self._estimate += _TRUST * (measured - self._estimate)
         gradient = torch.cat([_flat(shift.grad) for shift in self._shifts()])
-        price = -(gradient @ self._slope) / (self._slope @ self._slope).clamp(min=1e-20)
+        price = _median(-gradient, self._slope)
         parts = (price * self._slope).split([shift.numel() for shift in self._shifts()])
         for shift, part in zip(self._shifts(), parts, strict=True):
             assert shift.grad is not None
@@ -91,6 +93,13 @@ class DensityController:
 
     def _shifts(self) -> list[nn.Parameter]:
         return [p for a in self._layers for p in (a.policy.k_shift, a.policy.p_shift)]
+
+
+def _median(gain: Tensor, slope: Tensor) -> Tensor:
+    """Return the median of gain / slope with slope as its weight; 0 where all slopes are 0."""
+    ratio, order = torch.where(slope > 0, gain / slope, 0).sort(stable=True)
+    weight = slope[order].cumsum(0)
+    return ratio[(weight < weight[-1] / 2).sum().clamp(max=len(ratio) - 1)]
 
 
 def _flat(x: Tensor | None) -> Tensor:
