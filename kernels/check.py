@@ -60,6 +60,15 @@ def check_offsets(name: str, offsets: Tensor, x: Tensor, block_size: int) -> Non
         )
 
 
+def check_shared_offsets(blocks: Blocks) -> None:
+    """Raise ValueError if each head has blocks of its own."""
+    if blocks.q_offsets.ndim != 1 or blocks.kv_offsets.ndim != 1:
+        raise ValueError(
+            "blocks.q_offsets and blocks.kv_offsets must be [N + 1], got offsets for each head; "
+            "use a layout whose blocks are alike for all heads, or block_sparse_attention"
+        )
+
+
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4 or 0 in x.shape:

@@ -44,16 +44,16 @@ def attach(target: Any, source: SparseMethod | str | Path | None) -> Any:
         raise ValueError("transformer: it already has gossamer's attention; call detach first")
     if isinstance(source, str | Path):
         method, state = load_policy(source)
-        _install(model, lambda heads: SparseAttention(method, heads))
+        _install(model, lambda heads, dim: SparseAttention(method, heads, dim))
         try:
             load_mask_state(model, state)
         except ValueError:
             detach(model)
             raise
     elif source is None:
-        _install(model, lambda heads: DenseAttention())
+        _install(model, lambda heads, dim: DenseAttention())
     else:
-        _install(model, lambda heads: SparseAttention(source, heads))
+        _install(model, lambda heads, dim: SparseAttention(source, heads, dim))
     return target
 
 
@@ -77,6 +77,15 @@ def attentions(target: Any) -> dict[str, Any]:
     if _RECORD not in model.__dict__:
         raise ValueError("transformer: it has no gossamer attention; call attach first")
     return model.__dict__[_RECORD].attentions
+
+
+def mask_parameters(target: Any) -> dict[str, nn.Parameter]:
+    """Return the trainable mask parameters as `<layer>.<name>` -> parameter; often none."""
+    return {
+        f"{layer}.{name}": parameter
+        for layer, attention in attentions(target).items()
+        for name, parameter in attention.named_parameters()
+    }
 
 
 def mask_state(target: Any) -> dict[str, Tensor]:
@@ -186,11 +195,14 @@ def family_of(model: nn.Module) -> ModuleType:
     )
 
 
-def _install(model: nn.Module, make: Callable[[int], nn.Module]) -> None:
+def _install(model: nn.Module, make: Callable[[int, int], nn.Module]) -> None:
     family = family_of(model)
     layers = dict(family.self_attentions(model))
     device = next(model.parameters()).device
-    made = {name: make(layer.heads).to(device) for name, layer in layers.items()}
+    made = {
+        name: make(layer.heads, layer.inner_dim // layer.heads).to(device)
+        for name, layer in layers.items()
+    }
     originals = {name: layer.processor for name, layer in layers.items()}
     context = AttentionContext()
     for name, layer in layers.items():

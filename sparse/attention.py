@@ -1,7 +1,6 @@
 """The attention modules that a processor calls: sparse, and the dense one beside it."""
 
 import logging
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Protocol
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from gossamer.kernels.block_sparse_attention.op import backend_for, choose_backend
 from gossamer.kernels.blocks import Blocks
 from gossamer.kernels.dense_attention.op import dense_attention
+from gossamer.sparse.gates import Band, Gate, Gated, find_band
 from gossamer.sparse.layout import BlockLayout, Layout, TokenGrid, permute_qkv
 from gossamer.sparse.mask import BlockMask, BlockScores, keep_text
 from gossamer.sparse.policies import Hybrid
@@ -32,7 +32,9 @@ class MaskEstimator(Protocol):
 class Compensation(Protocol):
     """Attends exactly to the selected blocks, and in its own way to the others."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, backend: str) -> Tensor: ...
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, backend: str, gate: Gate | None
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -66,19 +68,31 @@ class SparseAttention(nn.Module):
 
     The mask is computed once per forward of the transformer and kept, so that the recompute of
     gradient checkpointing uses the same one; `reset` (called before each forward) drops it.
+    Parts of the method that hold parameters are copied for the layer. Those that learn get the
+    gate gradient of the `band` of blocks around each row's threshold, which is kept likewise.
     """
 
-    def __init__(self, method: SparseMethod, num_heads: int) -> None:
+    def __init__(self, method: SparseMethod, num_heads: int, head_dim: int | None = None) -> None:
         super().__init__()
-        self.layout = _own(method.layout, num_heads)
-        self.estimator = method.estimator
-        self.policy = _own(method.policy, num_heads)
-        self.compensation = _own(method.compensation, num_heads)
+        self.layout = _of_layer(method.layout, num_heads, head_dim)
+        self.estimator = _of_layer(method.estimator, num_heads, head_dim)
+        self.policy = _of_layer(method.policy, num_heads, head_dim)
+        self.compensation = _of_layer(method.compensation, num_heads, head_dim)
         self.backend = method.backend
         self.mask: BlockMask | None = None
+        self.band: Band | None = None
+
+    @property
+    def learning(self) -> list[Gated]:
+        """Return the parts whose mask parameters train."""
+        return [
+            part
+            for part in (self.policy, self.estimator)
+            if isinstance(part, Gated) and any(p.requires_grad for p in part.parameters())
+        ]
 
     def reset(self) -> None:
-        self.mask = None
+        self.mask = self.band = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, timestep: Tensor) -> Tensor:
         """Return attention of q, k, v [B, H, S, D] in sequence order; timestep [B]."""
@@ -88,16 +102,36 @@ class SparseAttention(nn.Module):
             q_layout, kv_layout = self.mask.q_layout, self.mask.kv_layout
         q, k, v = permute_qkv(q_layout, kv_layout, q, k, v)
         if self.mask is None:
-            with torch.no_grad():
-                self.mask = keep_text(self.policy(self.estimator(q, k, v, q_layout, kv_layout)))
-        return q_layout.unpermute(self.attend(q, k, v, self.mask))
+            self._choose(q, k, v, q_layout, kv_layout)
+        assert self.mask is not None
+        gate = self._gate(q, k, self.mask) if torch.is_grad_enabled() else None
+        return q_layout.unpermute(self.attend(q, k, v, self.mask, gate))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, gate: Gate | None = None
+    ) -> Tensor:
         """Return attention of q, k, v [B, H, S, D], in block order, under the mask."""
         backend = backend_for(self.backend, q, mask.blocks)
         if not torch.compiler.is_compiling():
             _say(backend, tuple(q.shape[1:]), q.dtype)
-        return self.compensation(q, k, v, mask.blocks, backend)
+        return self.compensation(q, k, v, mask.blocks, backend, gate)
+
+    def _choose(
+        self, q: Tensor, k: Tensor, v: Tensor, q_layout: BlockLayout, kv_layout: BlockLayout
+    ) -> None:
+        with torch.no_grad():
+            scores = self.estimator(q, k, v, q_layout, kv_layout)
+            chosen = self.policy(scores)
+        # Reentrant checkpointing first runs without gradients: training counts as well.
+        if self.learning and (self.training or torch.is_grad_enabled()):
+            self.band = find_band(scores, chosen, max(part.side for part in self.learning))
+        self.mask = keep_text(chosen)
+
+    def _gate(self, q: Tensor, k: Tensor, mask: BlockMask) -> Gate | None:
+        if self.band is None:
+            return None
+        gates = [part.gate(q, k, self.band, mask) for part in self.learning]
+        return Gate(torch.stack(gates).sum(0), self.band.column)
 
 
 def check_backend(
@@ -120,9 +154,9 @@ def check_backend(
     )
 
 
-def _own(part: Any, num_heads: int) -> Any:
-    """Return the layer's own copy of a part with parameters for each head, or the part itself."""
-    return deepcopy(part).for_heads(num_heads) if isinstance(part, nn.Module) else part
+def _of_layer(part: Any, num_heads: int, head_dim: int | None) -> Any:
+    """Return the layer's own copy of a part with parameters or buffers, or the part itself."""
+    return part.for_heads(num_heads, head_dim) if isinstance(part, nn.Module) else part
 
 
 @cache

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from gossamer.kernels.block_sparse_attention.op import filtered_attention
 from gossamer.kernels.blocks import Blocks
+from gossamer.sparse.gates import Gate
 
 
 class FilteredDrop(nn.Module):
@@ -23,7 +24,7 @@ class FilteredDrop(nn.Module):
         limit = torch.full((num_heads,), float(skip_below))
         self.register_buffer("skip_below", _limit(limit))
 
-    def for_heads(self, num_heads: int) -> Self:
+    def for_heads(self, num_heads: int, head_dim: int | None = None) -> Self:
         """Return one with the same limit for each of the heads."""
         return type(self)(skip_below=float(self.skip_below[0]), num_heads=num_heads)
 
@@ -31,7 +32,9 @@ class FilteredDrop(nn.Module):
         """Set each head's limit, [H], in units of the natural logarithm, at most 0."""
         self.skip_below.copy_(_limit(skip_below))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, backend: str) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, backend: str, gate: Gate | None
+    ) -> Tensor:
         """Return attention of q, k, v [B, H, S, D] in block order, by the reference."""
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise ValueError(

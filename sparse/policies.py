@@ -1,16 +1,21 @@
 """Policies turn block scores into a block mask within a budget."""
 
-from collections.abc import Callable
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.kernels.block_select.op import hybrid_select
+from gossamer.sparse.fp32 import Fp32Module
+from gossamer.sparse.gates import Band
 from gossamer.sparse.mask import BlockMask, BlockScores
 
+# Top-p's slope is the inverse of the score at the threshold; a lower score than this share of
+# the mean selected one counts as this, so that no row's slope outweighs all others.
+_LEAST_SCORE = 0.1
 
-class Hybrid(nn.Module):
+
+class Hybrid(Fp32Module):
     """The union of Top-k and Top-p per row (SpargeAttention2, Eq. 9), with one budget per head.
 
     Both sets are prefixes of one order, so the union is the longer prefix. k is the share of the
@@ -30,7 +35,7 @@ class Hybrid(nn.Module):
         self.register_buffer("k", _share("k", torch.full((num_heads,), float(k))))
         self.register_buffer("p", _share("p", torch.full((num_heads,), float(p))))
 
-    def for_heads(self, num_heads: int) -> Self:
+    def for_heads(self, num_heads: int, head_dim: int | None = None) -> Self:
         """Return a policy of the same budget with its own k and p for each of the heads."""
         return type(self)(
             k=float(self.k[0]),
@@ -39,23 +44,81 @@ class Hybrid(nn.Module):
             num_heads=num_heads,
         )
 
+    def budget(self) -> tuple[Tensor, Tensor]:
+        """Return the present k and p, fp32 [H] or [1]."""
+        return self.k, self.p
+
     def set_budget(self, k: Tensor, p: Tensor) -> None:
         """Set each head's k and p, both [H]."""
         self.k.copy_(_share("k", k))
         self.p.copy_(_share("p", p))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move with the model but stay fp32: model.to(torch.bfloat16) would round the budgets."""
-        k, p = self.k, self.p
-        super()._apply(fn, recurse)
-        self.k, self.p = k.to(self.k.device), p.to(self.p.device)
-        return self
-
     def forward(self, scores: BlockScores) -> BlockMask:
-        selected = hybrid_select(scores.score, self.k, self.p, keep_crossing=self.keep_crossing)
+        k, p = (x.detach() for x in self.budget())
+        selected = hybrid_select(scores.score, k, p, keep_crossing=self.keep_crossing)
         if scores.forced is not None:
             selected = selected | scores.forced
         return BlockMask(scores.q_layout, scores.kv_layout, selected)
+
+
+class TrainedHybrid(Hybrid):
+    """Hybrid whose budgets train: each head's k and p get the gate gradient of its blocks.
+
+    `k_shift` and `p_shift` [H] are added to the log-odds of k and p and start at 0, where the
+    mask is Hybrid's bit for bit; a budget of 0 or 1 stays what it is. The length r of a row's
+    prefix is moved by k where Top-k decides it (dr/dk = Nk) and by p elsewhere (dr/dp = 1 / score
+    at the threshold, clipped); d loss / dr is the mean of the gate gradients of the last selected
+    and the first unselected block: a central estimate. A row of one block has only the second, a
+    row of all blocks only the first.
+    """
+
+    side = 1
+
+    def __init__(
+        self, *, k: float = 0.1, p: float = 0.0, keep_crossing: bool = True, num_heads: int = 1
+    ) -> None:
+        super().__init__(k=k, p=p, keep_crossing=keep_crossing, num_heads=num_heads)
+        self.k_shift = nn.Parameter(torch.zeros(num_heads))
+        self.p_shift = nn.Parameter(torch.zeros(num_heads))
+
+    def budget(self) -> tuple[Tensor, Tensor]:
+        """Return the present k and p, fp32 [H], differentiable in their shifts."""
+        return _shifted(self.k, self.k_shift), _shifted(self.p, self.p_shift)
+
+    def gate(self, q: Tensor, k: Tensor, band: Band, mask: BlockMask) -> Tensor:
+        """Return a gate for each pair of the band, [B, H, Nq, 2 M]; only the nearest two move."""
+        return self._gate(band, mask.selected.shape[-1])
+
+    def density_slope(self, band: Band, mask: BlockMask) -> Tensor:
+        """Return the slope of each head's density, batch mean, in k_shift and p_shift: [2, H]."""
+        with torch.enable_grad():
+            gate = self._gate(band, mask.selected.shape[-1])
+            density = (gate * band.area).sum() / len(gate)
+            return torch.stack(torch.autograd.grad(density, [self.k_shift, self.p_shift]))
+
+    def _gate(self, band: Band, num_blocks: int) -> Tensor:
+        k_now, p_now = (x[:, None] for x in self.budget())  # [H, 1]
+        top_k = (k_now.detach() * num_blocks).round().clamp(1, num_blocks)
+        count = band.count  # [B, H, Nq]
+        mean_score = p_now.detach() / count
+        per_p = 1 / torch.maximum(band.score[..., 0], _LEAST_SCORE * mean_score)
+        length = torch.where(
+            count <= top_k,
+            num_blocks * (k_now - k_now.detach()),
+            per_p.nan_to_num(posinf=0) * (p_now - p_now.detach()),
+        )
+        last = band.valid[..., 0] & (count > 1)
+        first = band.valid[..., band.side]
+        share = length / (last.float() + first.float()).clamp(min=1)
+        further = share.new_zeros(*count.shape, band.side - 1)
+        last_gate, first_gate = ((share * side)[..., None] for side in (last, first))
+        return torch.cat([last_gate, further, first_gate, further], -1)
+
+
+def _shifted(share: Tensor, shift: Tensor) -> Tensor:
+    """Multiply the odds of `share` by e^shift; exactly `share` where shift is 0."""
+    shifted = share * shift.exp() / (1 + share * shift.expm1())
+    return torch.where(share == 1, share, shifted).clamp(max=1)
 
 
 def _share(field: str, value: Tensor) -> Tensor:

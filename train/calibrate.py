@@ -79,7 +79,7 @@ def calibrate(
     start = time.monotonic()
     layers = list(attentions(teacher))
     heads = int(teacher.config.num_attention_heads)  # type: ignore[arg-type]
-    attention = SparseAttention(method, heads).to(samples[0].x.device)
+    attention = SparseAttention(method, heads).requires_grad_(False).to(samples[0].x.device)
     curve = torch.zeros(len(layers), heads, len(densities), dtype=torch.float64)
     rows: list[list[Tensor]] = [[] for _ in layers]
     for _, index, layer in _capture(teacher, attention, samples, probes, seed, "calibrate curves"):

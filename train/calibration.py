@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gossamer.sparse.attach import attentions
+from gossamer.sparse.attach import attentions, mask_parameters
 from gossamer.train.files import write_atomic
 from gossamer.train.refusal import Refusal
 
@@ -86,8 +86,9 @@ class Calibration:
 def weights_digest(model: nn.Module) -> str:
     """Return a short hash of a model's vectors (norms and biases), which tells weights apart."""
     digest = hashlib.sha256()
+    masks = set(mask_parameters(model).values())
     for name, parameter in sorted(model.named_parameters()):
-        if parameter.ndim == 1:
+        if parameter.ndim == 1 and parameter not in masks:
             digest.update(name.encode())
             digest.update(parameter.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

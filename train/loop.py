@@ -14,10 +14,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gossamer.sparse.attach import attentions
+from gossamer.sparse.attach import attentions, mask_parameters
 from gossamer.sparse.attention import SparseAttention
 from gossamer.train import checkpoint
 from gossamer.train.data.dataset import BatchSchedule, batches
+from gossamer.train.density_controller import DensityController
 from gossamer.train.distiller import Distiller
 from gossamer.train.interrupt import Stop, stoppable
 from gossamer.train.processes import agreed
@@ -42,6 +43,8 @@ class TrainSettings:
     warmup: int = 10
     final_lr: float = 0.1  # share of lr left at the last step
     clip: float = 1.0
+    mask_numbers: float = 100.0  # learning rate of a head's own mask numbers, in multiples of lr
+    mask_matrices: float = 10.0  # and of the matrices of its mask
     ema: float = 0.0
     num_workers: int = 0
     log_every: int = 1
@@ -77,18 +80,24 @@ class Progress:
 
     student: nn.Module
     optimizer: torch.optim.Optimizer
+    controller: DensityController
     step: int = 0  # optimizer steps done
     ema: dict[str, Tensor] = field(default_factory=dict)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.student.named_parameters() if p.requires_grad}
 
+    def averaged(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that have an average: masks keep the density they were given."""
+        masks = set(mask_parameters(self.student).values())
+        return {n: p for n, p in self.named_parameters().items() if p not in masks}
+
     def start_ema(self) -> None:
-        self.ema = {n: p.detach().clone() for n, p in self.named_parameters().items()}
+        self.ema = {n: p.detach().clone() for n, p in self.averaged().items()}
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
-        for name, parameter in self.named_parameters().items():
+        for name, parameter in self.averaged().items():
             self.ema[name].lerp_(parameter, 1 - decay)
 
     def save(self, folder: Path, keep: int) -> Path | None:
@@ -97,7 +106,11 @@ class Progress:
         groups = {"model": dict(self.student.state_dict()), "optimizer": tensors}
         if self.ema:
             groups["ema"] = self.ema
-        state = {"step": self.step, "optimizer": optimizer}
+        state = {
+            "step": self.step,
+            "optimizer": optimizer,
+            "density": self.controller.state,
+        }
         return checkpoint.save(folder, self.step, tensors=groups, state=state, keep=keep)
 
     def restore(self, path: Path) -> None:
@@ -108,6 +121,7 @@ class Progress:
         )
         device = next(self.student.parameters()).device
         self.ema = {name: tensor.to(device) for name, tensor in tensors.get("ema", {}).items()}
+        self.controller.load_state(state["density"])
         self.step = state["step"]
 
 
@@ -141,20 +155,19 @@ def train(
     folder: Path,
     tracker: Tracker,
     title: str = "train",
+    density: float = 1.0,
 ) -> Progress:
     """Train the student up to settings.steps, from the newest checkpoint of `folder` if any.
 
+    `density` is what the mean density of trained budgets is held at.
     The first SIGTERM or SIGINT, to any process, lets the step finish, saves it and raises
     SystemExit of 143 or 130; `accelerate launch` then ends with a code of its own. A second one
     ends the process at once.
     """
     checkpoints = folder / "checkpoints"
     student = distiller.student.to(accelerator.device).train()
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
-    )
-    progress = Progress(student, optimizer)
+    optimizer = torch.optim.AdamW(parameter_groups(student, settings), betas=settings.betas)
+    progress = Progress(student, optimizer, DensityController(student, density, accelerator))
     if settings.ema:
         progress.start_ema()
     newest = checkpoint.latest(checkpoints)
@@ -229,13 +242,15 @@ def _steps(
     stop: Stop,
 ) -> Iterator[dict[str, float]]:
     """Do one optimizer step at a time and yield its metrics."""
-    parameters = list(progress.named_parameters().values())
+    masks = set(mask_parameters(progress.student).values())
+    parameters = [p for p in progress.named_parameters().values() if p not in masks]
+    learned = [p for p in progress.named_parameters().values() if p in masks]
     micro = settings.micro_batch(accelerator.num_processes)
     while progress.step < settings.steps:
         start = time.monotonic()
         lr = settings.lr_at(progress.step)
         for group in progress.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_multiple"]
         total, waited = torch.zeros((), device=accelerator.device), 0.0
         for part in range(settings.grad_accumulation):
             asked = time.monotonic()
@@ -256,7 +271,10 @@ def _steps(
         loss_value, *votes = accelerator.reduce(shared, "mean").tolist()
         stop.agree(votes)
         norm = float(nn.utils.clip_grad_norm_(parameters, settings.clip))
-        for name, value in (("loss", loss_value), ("grad_norm", norm)):
+        measured = {"loss": loss_value, "grad_norm": norm}
+        if learned:  # not clipped: AdamW bounds their steps, and they must not shrink the others'
+            measured["mask_grad_norm"] = float(nn.utils.clip_grad_norm_(learned, math.inf))
+        for name, value in measured.items():
             if not math.isfinite(value):
                 raise Refusal(
                     name,
@@ -264,19 +282,43 @@ def _steps(
                     f"a finite number (step {progress.step + 1})",
                     "lower optimizer.lr; the last checkpoint is kept",
                 )
+        measured |= progress.controller.before_step()
         progress.optimizer.step()
+        progress.controller.after_step()
         progress.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         if progress.ema:
             progress.update_ema(settings.ema)
         yield {
-            "loss": loss_value,
             "lr": lr,
-            "grad_norm": norm,
             "density": mean_density(progress.student),
+            **measured,
             "step_seconds": time.monotonic() - start,
             "data_seconds": waited,
         }
+
+
+def parameter_groups(student: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    """Return AdamW's groups: the model's weights, and the mask parameters without decay."""
+    masks = [p for p in mask_parameters(student).values() if p.requires_grad]
+    groups = [
+        {
+            "params": [p for p in student.parameters() if p.requires_grad and p not in set(masks)],
+            "lr_multiple": 1.0,
+            "weight_decay": settings.weight_decay,
+        },
+        {
+            "params": [p for p in masks if p.ndim == 1],
+            "lr_multiple": settings.mask_numbers,
+            "weight_decay": 0.0,
+        },
+        {
+            "params": [p for p in masks if p.ndim > 1],
+            "lr_multiple": settings.mask_matrices,
+            "weight_decay": 0.0,
+        },
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def mean_density(model: nn.Module) -> float:

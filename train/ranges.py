@@ -72,6 +72,8 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "optimizer.warmup": _whole(0),
     "optimizer.final_lr": ("a number in [0, 1]", lambda value: 0 <= value <= 1),
     "optimizer.clip": ("a number above 0 (.inf: no clipping)", lambda value: value > 0),
+    "optimizer.mask_numbers": ("a finite number of at least 0", _finite),
+    "optimizer.mask_matrices": ("a finite number of at least 0", _finite),
     "ema": ("a number in [0, 1)", lambda value: 0 <= value < 1),
     "num_workers": _whole(0),
     "log_every": _whole(1),

@@ -130,6 +130,7 @@ def train_stage(job: "Job") -> None:
                 folder=folder,
                 tracker=tracker,
                 title=f"train seed {seed}",
+                density=1 - job.cfg.sparsity,
             )
         except SystemExit:  # stopped between two steps
             tracker.finish()

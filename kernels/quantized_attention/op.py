@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..block_sparse_attention.op import backend_for
 from ..blocks import Blocks
-from ..check import check_attention, check_offsets, check_scale
+from ..check import check_attention, check_offsets, check_scale, check_shared_offsets
 from ..quantized import Quantized
 
 BACKENDS = ("reference", "triton", "hopper")
@@ -136,7 +136,7 @@ def _check_inputs(*tensors: Tensor) -> None:
     if tensors[0].dtype not in _DTYPES:
         raise ValueError(
             f"dtype must be float16 or bfloat16, got {tensors[0].dtype}; convert q, k and v or use "
-            "offsets for each head; use block_sparse_attention"
+            "block_sparse_attention"
         )
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise ValueError(
@@ -146,11 +146,7 @@ def _check_inputs(*tensors: Tensor) -> None:
 
 
 def _choose_backend(backend: str, x: Tensor, blocks: Blocks, pv: str) -> str:
-    if 3 in (blocks.q_offsets.ndim, blocks.kv_offsets.ndim):
-        raise ValueError(
-            "blocks.q_offsets and blocks.kv_offsets must be [N + 1] for quantized attention, got "
-            "offsets for each head; use block_sparse_attention"
-        )
+    check_shared_offsets(blocks)
     chosen = backend_for(backend, x, blocks)
     if chosen == "triton" and x.shape[-1] not in _HEAD_DIMS:
         raise ValueError(

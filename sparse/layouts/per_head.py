@@ -88,7 +88,7 @@ class PerHead(nn.Module):
         self.register_buffer("choice", torch.zeros(num_heads, dtype=torch.long))
         self._runs = RunsPerHead(self._orders, self.block_shape)
 
-    def for_heads(self, num_heads: int) -> Self:
+    def for_heads(self, num_heads: int, head_dim: int | None = None) -> Self:
         """Return a layout of the same orders with its own choice for each of the heads."""
         q_block, kv_block = self.block_shape
         made = type(self)(

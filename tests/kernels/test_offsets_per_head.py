@@ -139,7 +139,7 @@ def test_quantized_attention_refuses_offsets_of_each_head(backend: str) -> None:
     offsets = _cuts(torch.Generator().manual_seed(6))
     blocks = _record(torch.ones(BATCH, HEADS, BLOCKS, BLOCKS) > 0, offsets, offsets)
     x = torch.randn(BATCH, HEADS, TOKENS, 64).half()
-    with pytest.raises(ValueError, match=r"kv_offsets must be \[N \+ 1\] for quantized attention"):
+    with pytest.raises(ValueError, match=r"kv_offsets must be \[N \+ 1\], got offsets for each"):
         quantized_block_sparse_attention(x, x, x, blocks, backend=backend)
 
 
