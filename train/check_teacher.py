@@ -23,7 +23,7 @@ def check_teacher(
         _check_no_teacher(cfg, kind, loss.name, is_default=type(teacher) is Frozen)
     trained = sum(p.numel() for p in model.parameters())
     if cfg.lora.rank:
-        check_peft()
+        check_peft(cfg.lora.rank)
         trained = count_parameters(model, cfg.lora)
     elif isinstance(teacher, Shared):
         raise Refusal(

@@ -24,8 +24,8 @@ WHOLE_USAGE = """`transformer/` loads in stock diffusers as the dense model;
 `gossamer.load_pipeline(folder)` runs it with the sparse attention it was trained with."""
 ADAPTER_USAGE = f"""`{FILE}` is a LoRA adapter of the model named below:
 
-    pipe.transformer.load_lora_adapter(folder)  # pip install peft
-    gossamer.attach(pipe, folder)               # the sparse attention it was trained with"""
+    pipe.transformer.load_lora_adapter(folder, use_safetensors=True)  # pip install peft
+    gossamer.attach(pipe, folder)  # the sparse attention it was trained with"""
 
 
 def export(

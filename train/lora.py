@@ -20,13 +20,13 @@ FILE = "pytorch_lora_weights.safetensors"
 _BASE = "_gossamer_base"
 
 
-def check_peft() -> None:
-    """Refuse where PEFT is not installed."""
+def check_peft(rank: int) -> None:
+    """Refuse adapters where PEFT is not installed."""
     try:
         import peft  # noqa: F401
     except ImportError as error:
         raise Refusal(
-            "lora.rank", "above 0", "0 where peft is not installed", "pip install gossamer[lora]"
+            "lora.rank", rank, "0 where peft is not installed", "pip install gossamer[lora]"
         ) from error
 
 
@@ -54,7 +54,7 @@ def add_adapters(model: nn.Module, options: DictConfig, seed: int) -> None:
 
     Adapters and mask parameters stay trainable.
     """
-    check_peft()
+    check_peft(options.rank)
     from peft import LoraConfig
 
     model.__dict__[_BASE] = digest(model)

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-METHOD = ("layout", "estimator", "policy", "compensation", "backend", "noise")
+MASKS = ("layout", "estimator", "policy", "compensation", "backend")
+METHOD = (*MASKS, "noise", "guidance", "lora")
 EVALUATION = "evaluation/evaluation.json"
 EXPORT = "export"
 RECEIPT = "export.json"  # beside the export: the checkpoint it was made of, its files' SHA-256

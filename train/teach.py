@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 from functools import partial
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 BEGUN = "begun.json"  # what the files of an unfinished cache are made for
 FILE_BYTES = 512 * 2**20
+MOST_PROCESSES = 64
 
 
 def write_cache(job: "Job", folder: Path) -> None:
@@ -119,7 +120,7 @@ def _finish(job: "Job", folder: Path) -> None:
 
 
 def _files(dataset: LatentDataset, draws: int) -> list[range]:
-    """Cut the clips into files of at most FILE_BYTES, or of one clip."""
-    size = 2 * draws * prod(dataset.meta(0)["latent_shape"])
-    each, total = max(1, FILE_BYTES // size), len(dataset)
+    """Cut the clips into files of at most FILE_BYTES or one clip, for many processes to share."""
+    size, total = 2 * draws * prod(dataset.meta(0)["latent_shape"]), len(dataset)
+    each = max(1, min(FILE_BYTES // size, ceil(total / MOST_PROCESSES)))
     return [range(first, min(first + each, total)) for first in range(0, total, each)]
