@@ -21,6 +21,7 @@ from gossamer.train.check import preflight
 from gossamer.train.codec import Codec, load_codec
 from gossamer.train.config import build, data_dir, fingerprint, save_config
 from gossamer.train.data.dataset import LatentDataset
+from gossamer.train.data.shards import Manifest
 from gossamer.train.draws import Draws
 from gossamer.train.files import write_atomic
 from gossamer.train.lora import add_adapters, check_base
@@ -106,11 +107,13 @@ class Job:
 
     def draws(self, seed: int) -> Draws:
         """Return how the samples of the training of a seed are drawn."""
+        manifest = Manifest.load(data_dir(self.cfg))
+        assert manifest is not None  # checked before any stage
         return Draws(
             levels=self.noise,
             seed=seed,
             count=self.cfg.noise_draws,
-            clips=len(self.dataset("train")),
+            clips=manifest.splits["train"],
             negative=self.negative if is_needed(self.cfg) else None,
             negative_share=self.cfg.guidance.negative_share,
         )

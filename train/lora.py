@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,9 @@ _BASE = "_gossamer_base"
 
 
 def check_peft(rank: int) -> None:
-    """Refuse adapters where PEFT is not installed."""
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise Refusal(
-            "lora.rank", rank, "0 where peft is not installed", "pip install gossamer[lora]"
-        ) from error
+    """Refuse adapters where PEFT is not installed; imports nothing."""
+    if find_spec("peft") is None:
+        raise _refuse_peft(rank)
 
 
 def adapted_layers(model: nn.Module, layers: str) -> dict[str, nn.Linear]:
@@ -54,9 +51,10 @@ def add_adapters(model: nn.Module, options: DictConfig, seed: int) -> None:
 
     Adapters and mask parameters stay trainable.
     """
-    check_peft(options.rank)
-    from peft import LoraConfig
-
+    try:
+        from peft import LoraConfig
+    except ImportError as error:  # missing, or too old for the transformers that is there
+        raise _refuse_peft(options.rank) from error
     model.__dict__[_BASE] = digest(model)
     config = LoraConfig(
         r=options.rank,
@@ -126,6 +124,11 @@ def check_base(model: nn.Module, stored: str | None, path: Path) -> None:
             f"adapters of the model's weights (SHA-256 {stored}, now {base_of(model)})",
             "use the model.path that it was trained with, or another run name",
         )
+
+
+def _refuse_peft(rank: int) -> Refusal:
+    allowed = "0 where peft is not installed, or too old"
+    return Refusal("lora.rank", rank, allowed, "pip install gossamer[lora]")
 
 
 def _plain(value: Any) -> Any:

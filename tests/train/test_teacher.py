@@ -143,7 +143,8 @@ def test_the_cached_teacher_needs_no_model_after_the_start(make_job: Any, tmp_pa
     assert not [v for v in vars(teacher).values() if isinstance(v, torch.nn.Module)]
     noised = job.draws(0)(batch_of(job, [3, 1]))
     live = velocity(job.dense(), noised.x, noised.t, noised.text, noised.condition)
-    assert torch.equal(teacher.velocity(torch.nn.Identity(), noised), live.bfloat16().float())
+    difference = (teacher.velocity(torch.nn.Identity(), noised) - live).abs()
+    assert (difference <= ROUNDING * live.abs() + 1e-6).all()
 
 
 @pytest.mark.parametrize("kind", ["frozen", "offloaded"])
