@@ -47,5 +47,5 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 $(VENV)/.developed: $(VENV)/.installed
-	$(PIP) install $(TORCH) $(TRITON) -e '.[dev,wandb,data]'
+	$(PIP) install $(TORCH) $(TRITON) -e '.[dev,wandb,data,lora]'
 	@touch $@

@@ -1,7 +1,8 @@
 """Put gossamer's attention into a diffusers transformer, and take it out again."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib import import_module
 from inspect import signature
@@ -86,6 +87,21 @@ def mask_parameters(target: Any) -> dict[str, nn.Parameter]:
         for layer, attention in attentions(target).items()
         for name, parameter in attention.named_parameters()
     }
+
+
+@contextmanager
+def attending_densely(target: Any) -> Iterator[None]:
+    """Let an attached model attend densely inside the block; its own attention comes back after."""
+    model = transformer_of(target)
+    own = attentions(model)
+    processors = {name: model.get_submodule(name).processor for name in own}
+    for processor in processors.values():
+        processor.attention = DenseAttention()
+    try:
+        yield
+    finally:
+        for name, processor in processors.items():
+            processor.attention = own[name]
 
 
 def mask_state(target: Any) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from gossamer.sparse.attach import family_of, method_from_spec
 from gossamer.sparse.attention import SparseMethod, check_backend
 from gossamer.sparse.layout import TokenGrid
 from gossamer.train.calibration import CALIBRATION
+from gossamer.train.check_teacher import check_teacher
 from gossamer.train.codec import Codec
 from gossamer.train.config import build, data_dir, require_complete
 from gossamer.train.data.shards import MANIFEST, Manifest
@@ -61,9 +62,10 @@ def preflight(cfg: DictConfig, stages: list[str]) -> dict[str, Any]:
     if cfg.seed in cfg.repeat_seeds:
         fix = "they come after it"
         raise Refusal("repeat_seeds", list(cfg.repeat_seeds), f"other seeds than {cfg.seed}", fix)
+    facts |= check_teacher(cfg, stages, model, latent)
     if "train" in stages:
         facts["batch"] = _batch(cfg)
-        facts["checkpoint"] = checkpoint_size(cfg, facts["parameters"])
+        facts["checkpoint"] = checkpoint_size(cfg, facts["trained"])
     if "encode" in stages:
         facts["clip"] = clip_size(cfg, latent, text)
     if "export" in stages:

@@ -13,7 +13,7 @@ from gossamer.train.suggest import nearest
 
 VERBS = {
     "check": "can this machine, model and config run? Reads no weights",
-    "encode": "videos and captions to latent shards",
+    "encode": "videos and captions to latent shards; with teacher=cached velocities too",
     "calibrate": "the dense teacher's attention to mask budgets per head",
     "train": "all stages of the config: encode, calibrate, train, evaluate, export, report",
     "evaluate": "student against teacher on held-out clips",

@@ -14,10 +14,18 @@ from torch import nn
 from gossamer.sparse.attach import CONFIG_NAME, attentions, detach, mask_state, save_policy
 from gossamer.sparse.attention import SparseAttention
 from gossamer.train.files import publish, sha256, write_atomic
+from gossamer.train.lora import FILE, base_of, save_adapter
 from gossamer.train.pipeline import INDEX, LatentVideoPipeline
 from gossamer.train.refusal import Refusal
 
 log = logging.getLogger(__name__)
+
+WHOLE_USAGE = """`transformer/` loads in stock diffusers as the dense model;
+`gossamer.load_pipeline(folder)` runs it with the sparse attention it was trained with."""
+ADAPTER_USAGE = f"""`{FILE}` is a LoRA adapter of the model named below:
+
+    pipe.transformer.load_lora_adapter(folder, use_safetensors=True)  # pip install peft
+    gossamer.attach(pipe, folder)  # the sparse attention it was trained with"""
 
 
 def export(
@@ -33,6 +41,7 @@ def export(
 ) -> None:
     """Export a student (its processors are taken out) to `folder`.
 
+    A student with adapters gives a folder with them alone; merge them first to export it whole.
     `spec` describes the mask policy (None for a dense model); `pipeline` is the embedded pipeline,
     or the folder of a diffusers pipeline whose other components are linked or copied, or None for
     the transformer alone. `before_publish` sees the finished folder before it gets its name, and
@@ -50,7 +59,10 @@ def export(
         assert spec is not None
         save_policy(partial, spec, state)
     _cast(student, dtype)
-    student.save_pretrained(partial / "transformer")
+    if base_of(student):
+        save_adapter(student, partial)
+    else:
+        student.save_pretrained(partial / "transformer")
     for file in partial.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes files for the owner alone
     if isinstance(pipeline, LatentVideoPipeline):
@@ -115,8 +127,8 @@ def _link_components(source: Path, target: Path) -> None:
             shutil.copy2(file, target / relative)
 
 
-def model_card(name: str, lines: dict[str, Any]) -> str:
-    """Return a README with diffusers' front matter and one line for each fact."""
+def model_card(name: str, lines: dict[str, Any], usage: str) -> str:
+    """Return a README with diffusers' front matter, how to load it and one line for each fact."""
     facts = "\n".join(f"- {key}: {value}" for key, value in lines.items())
     return f"""---
 library_name: diffusers
@@ -124,8 +136,7 @@ tags: [video, sparse-attention, gossamer]
 ---
 # {name}
 
-Exported by gossamer. `transformer/` loads in stock diffusers as the dense model;
-`gossamer.load_pipeline(folder)` runs it with the sparse attention it was trained with.
+Exported by gossamer. {usage}
 
 {facts}
 """

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from gossamer.sparse.attach import attach, method_from_spec
 from gossamer.train import checkpoint, loop
@@ -21,10 +21,15 @@ from gossamer.train.check import preflight
 from gossamer.train.codec import Codec, load_codec
 from gossamer.train.config import build, data_dir, fingerprint, save_config
 from gossamer.train.data.dataset import LatentDataset
+from gossamer.train.data.shards import Manifest
+from gossamer.train.draws import Draws
 from gossamer.train.files import write_atomic
+from gossamer.train.lora import add_adapters, check_base
+from gossamer.train.negative import is_needed, load_negative
 from gossamer.train.processes import on_main
 from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import CONFIG, check_run_dir
+from gossamer.train.teacher import Guided, Teacher
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +87,42 @@ class Job:
 
     def dense(self) -> nn.Module:
         """Return the starting transformer with dense attention, frozen, on the device."""
-        model = attach(self.source.load(self.cfg.seed), None)
-        return model.requires_grad_(False).eval().to(self.device)
+        return self.dense_on_cpu().to(self.device)
+
+    def dense_on_cpu(self) -> nn.Module:
+        """Return the starting transformer with dense attention, frozen."""
+        return attach(self.source.load(self.cfg.seed), None).requires_grad_(False).eval()
+
+    def guided(self, model: nn.Module) -> nn.Module:
+        """Return what the student learns from: the model, guided if guidance.scale says so."""
+        scale = self.cfg.guidance.scale
+        if scale == 1:
+            return model
+        return Guided(model, self.negative.to(self.device), scale)
+
+    @cached_property
+    def negative(self) -> Tensor:
+        """Return the embedding [L, dim] of the negative prompt."""
+        return load_negative(self.cfg)
+
+    def draws(self, seed: int) -> Draws:
+        """Return how the samples of the training of a seed are drawn."""
+        manifest = Manifest.load(data_dir(self.cfg))
+        assert manifest is not None  # checked before any stage
+        return Draws(
+            levels=self.noise,
+            seed=seed,
+            count=self.cfg.noise_draws,
+            clips=manifest.splits["train"],
+            negative=self.negative if is_needed(self.cfg) else None,
+            negative_share=self.cfg.guidance.negative_share,
+        )
+
+    def teacher(self) -> Teacher:
+        """Return the started teacher, held as the config says; all processes call it."""
+        teacher: Teacher = build(self.cfg.teacher)
+        teacher.start(self)
+        return teacher
 
     def student(self, seed: int) -> nn.Module:
         """Return the starting transformer with the run's attention, budgets set, trainable."""
@@ -98,7 +137,10 @@ class Job:
                 self._refuse_calibration(self.calibration.differs(weights))
         if self.cfg.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        return model.requires_grad_(True).to(self.device)
+        model.requires_grad_(True)
+        if self.cfg.lora.rank:
+            add_adapters(model, self.cfg.lora, seed)
+        return model.to(self.device)
 
     @property
     def calibration_dir(self) -> Path:
@@ -155,8 +197,9 @@ class Job:
         """Return the student of a seed at its newest checkpoint (EMA weights if kept), in eval."""
         newest = self.newest_checkpoint(seed)
         self.log("taking the student of %s", newest)
-        tensors, _ = checkpoint.load(newest)
+        tensors, state = checkpoint.load(newest)
         model = self.student(seed)
+        check_base(model, state.get("base"), newest)
         loop.load_student(model, tensors["model"], newest)
         for name, parameter in model.named_parameters():
             if name in tensors.get("ema", {}):
@@ -191,7 +234,7 @@ def run(cfg: DictConfig, stages: list[str] | None = None) -> dict[str, Any]:
         "export": export_stage,
         "report": report_stage,
     }
-    everyone = ("train",)
+    everyone = ("encode", "train")
     with ExitStack() as stack:
 
         def open_run_dir() -> None:

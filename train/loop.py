@@ -21,6 +21,7 @@ from gossamer.train.data.dataset import BatchSchedule, batches
 from gossamer.train.density_controller import DensityController
 from gossamer.train.distiller import Distiller
 from gossamer.train.interrupt import Stop, stoppable
+from gossamer.train.lora import base_of, check_base, trained_state
 from gossamer.train.processes import agreed
 from gossamer.train.refusal import Refusal
 from gossamer.train.trackers import MetricsLog, Tracker
@@ -103,18 +104,20 @@ class Progress:
     def save(self, folder: Path, keep: int) -> Path | None:
         """Write a checkpoint; None when the disk refused it."""
         tensors, optimizer = checkpoint.optimizer_tensors(self.optimizer, self.named_parameters())
-        groups = {"model": dict(self.student.state_dict()), "optimizer": tensors}
+        groups = {"model": trained_state(self.student), "optimizer": tensors}
         if self.ema:
             groups["ema"] = self.ema
         state = {
             "step": self.step,
             "optimizer": optimizer,
             "density": self.controller.state,
+            "base": base_of(self.student),
         }
         return checkpoint.save(folder, self.step, tensors=groups, state=state, keep=keep)
 
     def restore(self, path: Path) -> None:
         tensors, state = checkpoint.load(path)
+        check_base(self.student, state.get("base"), path)
         load_student(self.student, tensors["model"], path)
         checkpoint.load_optimizer(
             self.optimizer, self.named_parameters(), tensors["optimizer"], state["optimizer"]
@@ -130,7 +133,7 @@ def load_student(student: nn.Module, state: dict[str, Tensor], path: Path) -> No
 
     Refusal with the first odd keys when the checkpoint is of another model.
     """
-    own = student.state_dict()
+    own = trained_state(student)
     odd = sorted(set(own) ^ set(state))
     odd += sorted(n for n in set(own) & set(state) if own[n].shape != state[n].shape)
     if odd:
@@ -143,7 +146,7 @@ def load_student(student: nn.Module, state: dict[str, Tensor], path: Path) -> No
     budgets = {name: own[name] for name, _ in student.named_buffers() if name in own}
     if any(not torch.equal(tensor.cpu(), state[name]) for name, tensor in budgets.items()):
         log.warning("%s was trained with other mask budgets than the calibration's", path)
-    student.load_state_dict({**state, **budgets})
+    student.load_state_dict({**state, **budgets}, strict=False)  # keys were compared above
 
 
 def train(

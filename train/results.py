@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from gossamer import __version__
+from gossamer.sparse.attach import attach
 from gossamer.train import checkpoint
 from gossamer.train.calibration import CALIBRATION
 from gossamer.train.config import data_dir, fingerprint
@@ -25,6 +26,8 @@ from gossamer.train.evaluate import (
     velocities,
 )
 from gossamer.train.export import (
+    ADAPTER_USAGE,
+    WHOLE_USAGE,
     export,
     is_export_of,
     model_card,
@@ -32,6 +35,7 @@ from gossamer.train.export import (
     write_receipt,
 )
 from gossamer.train.files import sha256, write_atomic
+from gossamer.train.lora import load_adapter, merge
 from gossamer.train.pipeline import LatentVideoPipeline, load_pipeline
 from gossamer.train.refusal import Refusal
 
@@ -40,7 +44,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-METHOD = ("layout", "estimator", "policy", "compensation", "backend", "noise")
+MASKS = ("layout", "estimator", "policy", "compensation", "backend")
+METHOD = (*MASKS, "noise", "guidance", "lora")
 EVALUATION = "evaluation/evaluation.json"
 EXPORT = "export"
 RECEIPT = "export.json"  # beside the export: the checkpoint it was made of, its files' SHA-256
@@ -94,7 +99,7 @@ def _evaluate_sparse(job: "Job", clips: list[Clip]) -> dict[str, Any]:
     options = job.cfg.evaluation
     levels = list(options.noise_levels)
     samples = noisy_samples(clips, levels, options.batch_size, job.device)
-    teacher = job.dense()
+    teacher = job.guided(job.dense())
     target = velocities(teacher, samples, "teacher")
 
     def errors(model: nn.Module, title: str) -> list[list[float]]:
@@ -195,11 +200,19 @@ def export_stage(job: "Job") -> None:
     dataset = job.dataset("train")
     levels = list(job.cfg.evaluation.noise_levels)[:1]
     samples = noisy_samples([dataset[0]], levels, 1, job.device)
+    as_adapter = job.cfg.export.lora == "adapter"
+    if job.cfg.lora.rank and not as_adapter:
+        trained = velocities(student, samples, "before merging")
+        merge(student)
+        merged = velocities(student, samples, "merged")
+        error = relative_errors(merged, trained, samples, 1)[0][0]
+        job.log("merging the adapter moved the velocity by %.2g of its norm", error)
     expected = velocities(student, samples, "before export")[0]
 
     def check(partial: Path) -> None:
-        if job.is_sparse and job.cfg.export.dtype == "float32":
-            reloaded = load_pipeline(partial).transformer.to(job.device)
+        if (job.is_sparse or as_adapter) and job.cfg.export.dtype == "float32":
+            reloaded = _with_adapter(job, partial) if as_adapter else _whole(partial)
+            reloaded.to(job.device)
             if not torch.equal(velocities(reloaded, samples, "reloaded export")[0], expected):
                 raise Refusal(
                     "export", partial, "an export that repeats the student's bits", "report this"
@@ -211,12 +224,24 @@ def export_stage(job: "Job") -> None:
         student,
         folder,
         spec=_spec(job) if job.is_sparse else None,
-        pipeline=_pipeline_parts(job, student),
+        pipeline=None if as_adapter else _pipeline_parts(job, student),
         card=_card(job),
         overwrite=job.cfg.export.overwrite,
         dtype=getattr(torch, job.cfg.export.dtype),
         before_publish=check,
     )
+
+
+def _whole(folder: Path) -> nn.Module:
+    return load_pipeline(folder).transformer
+
+
+def _with_adapter(job: "Job", folder: Path) -> nn.Module:
+    """Return the run's starting model with an exported adapter and its masks."""
+    model = job.source.load(job.cfg.seed).requires_grad_(False).eval()
+    attach(model, folder if job.is_sparse else None)
+    load_adapter(model, folder)
+    return model
 
 
 def _is_exported(job: "Job") -> bool:
@@ -233,6 +258,7 @@ def _exported(job: "Job") -> dict[str, Any]:
         "manifest": manifest,
         "method": _method(job),
         "dtype": job.cfg.export.dtype,
+        "lora": job.cfg.export.lora,
     }
 
 
@@ -273,9 +299,18 @@ def _card(job: "Job") -> str:
         "recipe": job.cfg.recipe_name,
         "model": getattr(job.source, "path", "trained from scratch"),
         "sparsity": job.cfg.sparsity,
+        "adapter": _adapter(job),
+        "guidance": job.cfg.guidance.scale,
         "loss": job.cfg.loss.name if "name" in job.cfg.loss else job.cfg.loss._target_,
         "steps": job.cfg.steps,
         "seed": job.cfg.seed,
         "gossamer": __version__,
     }
-    return model_card(job.run_dir.name, facts)
+    usage = ADAPTER_USAGE if job.cfg.export.lora == "adapter" else WHOLE_USAGE
+    return model_card(job.run_dir.name, facts, usage)
+
+
+def _adapter(job: "Job") -> str:
+    if not job.cfg.lora.rank:
+        return "none"
+    return f"LoRA of rank {job.cfg.lora.rank}, {job.cfg.lora.layers}, {job.cfg.export.lora}"

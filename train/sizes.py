@@ -14,9 +14,9 @@ log = logging.getLogger(__name__)
 GB = 1e9
 
 
-def checkpoint_size(cfg: DictConfig, parameters: int) -> str:
+def checkpoint_size(cfg: DictConfig, trained: int) -> str:
     """Say what checkpoints take: fp32 weights, AdamW's two moments and the averaged weights."""
-    size = parameters * 4 * (4 if cfg.ema else 3) / GB
+    size = trained * 4 * (4 if cfg.ema else 3) / GB
     folder = Path(cfg.run_dir).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = disk_usage(there).free / GB

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
@@ -17,6 +18,10 @@ from gossamer.train.data.encode import encode
 from gossamer.train.data.shards import Manifest
 from gossamer.train.distiller import Distiller
 from gossamer.train.keep_policy import keep_policy
+from gossamer.train.negative import store_negative
+from gossamer.train.processes import on_main
+from gossamer.train.teach import write_cache
+from gossamer.train.teacher import Cached
 
 if TYPE_CHECKING:
     from gossamer.train.job import Job
@@ -25,7 +30,17 @@ NO_TRACKER = "gossamer.train.trackers.NoTracker"
 
 
 def encode_stage(job: "Job") -> None:
-    """Encode the source into latent shards, unless the same ones are there."""
+    """Encode the source into latent shards, and for a cached teacher its velocities.
+
+    What is there already stays. All processes share the velocities.
+    """
+    on_main(partial(_encode_data, job), job.accelerator)
+    teacher = build(job.cfg.teacher)
+    if isinstance(teacher, Cached):
+        write_cache(job, teacher.folder(job.cfg))
+
+
+def _encode_data(job: "Job") -> None:
     settings = OmegaConf.to_container(job.cfg.data, resolve=True)
     assert isinstance(settings, dict)
     source = settings.pop("source")
@@ -37,6 +52,7 @@ def encode_stage(job: "Job") -> None:
     lock = nullcontext() if Manifest.load(folder) else RunLock(folder, "data.dir")
     with lock:
         manifest = encode(source, folder, codec=codec, text=text, **settings)  # type: ignore[arg-type]
+    store_negative(job.cfg, text)
     check_splits(manifest, folder, job.stages)
 
 
@@ -104,7 +120,8 @@ def train_stage(job: "Job") -> None:
         "keep_checkpoints",
     )
     loss = build(job.cfg.loss)
-    teacher = job.dense() if loss.needs_teacher else None
+    on_main(partial(store_negative, job.cfg), job.accelerator)
+    teacher = job.teacher() if loss.needs_teacher else None
     dataset = job.dataset("train")
     for seed in job.seeds:
         settings = loop.TrainSettings(
@@ -123,7 +140,7 @@ def train_stage(job: "Job") -> None:
                 block.compile()
         try:
             loop.train(
-                Distiller(student, teacher, loss, job.noise, seed),
+                Distiller(student, teacher, loss, job.draws(seed)),
                 dataset,
                 job.accelerator,
                 settings,

@@ -1,10 +1,13 @@
 """Weights of diffusers and transformers models: looked at without reading, then loaded whole."""
 
+import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gossamer.train.refusal import Refusal
 
@@ -77,3 +80,18 @@ def load_whole(
             "take the weights that belong to its config.json",
         )
     return model.eval()
+
+
+def digest(model: nn.Module) -> str:
+    """Return a short SHA-256 of a model's parameters, gossamer's attention left out."""
+
+    def one(name: str, parameter: Tensor) -> bytes:
+        content = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest = hashlib.sha256(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
+        digest.update(content.numpy())  # type: ignore[arg-type]
+        return digest.digest()
+
+    named = [(n, p) for n, p in sorted(model.named_parameters()) if ".processor." not in n]
+    with ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock
+        parts = pool.map(lambda pair: one(*pair), named)
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]

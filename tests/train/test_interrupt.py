@@ -118,7 +118,7 @@ def test_the_step_of_the_signal_is_the_last_and_the_handlers_come_back(
     job, before = make_job(), [signal.getsignal(each) for each in SIGNALS]
     with pytest.raises(SystemExit) as end:
         loop.train(
-            Distiller(job.student(0), job.dense(), Stopping(), job.noise, 0),
+            Distiller(job.student(0), job.teacher(), Stopping(), job.draws(0)),
             job.dataset("train"),
             job.accelerator,
             loop.TrainSettings(steps=9, batch_size=4),

@@ -21,7 +21,7 @@ from gossamer.train.trackers import NoTracker
 def train(job: Any, folder: Path, loss: Any = None, **settings: Any) -> loop.Progress:
     """Train the job's student for a few steps in this process."""
     student = job.student(0)
-    distiller = Distiller(student, job.dense(), loss or build(job.cfg.loss), job.noise, 0)
+    distiller = Distiller(student, job.teacher(), loss or build(job.cfg.loss), job.draws(0))
     values = {"steps": 4, "batch_size": 4, "lr": 1e-3, "warmup": 2, **settings}
     return loop.train(
         distiller,
