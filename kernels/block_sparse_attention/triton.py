@@ -341,9 +341,9 @@ _FWD = {2: _Tiles(128, 64, 3), 4: _Tiles(32, 32, 1)}
 _BWD_DQ = {2: _Tiles(64, 64, 2), 4: _Tiles(32, 32, 1)}
 _BWD_DKV = {2: _Tiles(64, 64, 2), 4: _Tiles(32, 32, 1)}
 # For blocks of any size; of the stages one goes to the slots, which come before the rows.
-_RAGGED_FWD = {2: _Tiles(64, 64, 3, 8), 4: _Tiles(32, 32, 1, 8)}
+_RAGGED_FWD = {2: _Tiles(64, 64, 5, 8), 4: _Tiles(32, 32, 1, 8)}
 _RAGGED_BWD_DQ = {2: _Tiles(64, 64, 3, 8), 4: _Tiles(32, 32, 1, 8)}
-_RAGGED_BWD_DKV = {2: _Tiles(64, 64, 3, 16), 4: _Tiles(32, 32, 1, 16)}
+_RAGGED_BWD_DKV = {2: _Tiles(64, 64, 2, 16), 4: _Tiles(32, 32, 1, 16)}
 
 
 class _Side(NamedTuple):
