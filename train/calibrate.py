@@ -1,223 +1,370 @@
 """Calibration: run the dense teacher on a few samples and give each head its own budget.
 
-The error of a head at a density is its effect on the model's velocity, to first order: with random
-probes u on the velocity and g = d(u . v)/d(out) from one backward pass, E[(g . (out' - out))^2] is
-the squared velocity error when only this head is sparse (Hutchinson), so one backward a probe
-serves every layer, head and density. The budgets come from water-filling these curves.
+First the error of every head at several budgets and what each budget costs in token pairs; then an
+allocation (sparse/allocation.py) gives the blocks out; then each head's budget is split between
+Top-k and Top-p as measures best; at last the sparse model itself is run.
 """
 
-import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from gossamer.sparse.allocation import water_fill
-from gossamer.sparse.attach import attentions
+from gossamer.sparse.allocation import (
+    Allocation,
+    Curves,
+    Fixed,
+    Measure,
+    coverage,
+    give_out,
+)
+from gossamer.sparse.attach import attach, attentions, detach
 from gossamer.sparse.attention import SparseAttention, SparseMethod
-from gossamer.sparse.estimators.oracle import Oracle
-from gossamer.sparse.layout import TokenGrid, permute_qkv
-from gossamer.sparse.mask import BlockMask, BlockScores
 from gossamer.sparse.policies import Hybrid
 from gossamer.train.calibration import Calibration
+from gossamer.train.measures import Layer, Sample, visit_layers
 from gossamer.train.model import velocity
+from gossamer.train.refusal import Refusal
 
-log = logging.getLogger(__name__)
-
-TOP_K_SHARES = (1.0, 0.75, 0.5)  # of a head's budget given to Top-k; Top-p fills the rest
-ROWS_KEPT = 64  # score rows a layer, head and sample kept to find p
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Noisy inputs of one noise level: x [B, C, f, h, w], t [B], text [B, L, dim]."""
-
-    level: int
-    x: Tensor
-    t: Tensor
-    text: Tensor
-    condition: Tensor | None
+ROWS_KEPT = 64  # score rows a layer and sample kept to find p
+BISECTIONS = 10  # of the density for an error budget
+VELOCITY = ("velocity", "velocity_exact")
+Split = tuple[Tensor, Tensor]  # k and p of every layer and head [L, H]
 
 
 @dataclass
-class _Layer:
-    """One layer's dense attention on one sample, in block order, and the probes' gradients."""
+class _Rows:
+    """Some score rows of one layer: falling scores and coverage [H, R, Nk], weights [H, R]."""
 
-    q: Tensor
+    ordered: list[Tensor] = field(default_factory=list)
+    covered: list[Tensor] = field(default_factory=list)
+    weight: list[Tensor] = field(default_factory=list)
+
+    def keep(self, ordered: Tensor, covered: Tensor, weight: Tensor) -> None:
+        """Keep evenly spaced rows of [B, H, Nq, Nk]; weight [B, H, Nq]."""
+        step = max(1, ordered.shape[2] // ROWS_KEPT)
+        for kept, x in ((self.ordered, ordered), (self.covered, covered)):
+            kept.append(x[:, :, ::step].transpose(0, 1).flatten(1, 2).float().cpu())
+        self.weight.append(weight[:, :, ::step].transpose(0, 1).flatten(1).cpu())
+
+    def fit_p(self, k: Tensor, density: Tensor, *, keep_crossing: bool) -> Tensor:
+        """Bisect p [H] so that the rows' mean density is `density` [H], with k [H] as a floor."""
+        ordered, covered = torch.cat(self.ordered, 1), torch.cat(self.covered, 1)
+        weight = torch.cat(self.weight, 1)
+        weight = weight / weight.sum(1, keepdim=True)
+        mass = ordered.cumsum(-1)
+        reached = mass - ordered if keep_crossing else mass.nextafter(torch.tensor(-1.0))
+        floor = (k * ordered.shape[-1]).round().clamp(min=1).long()[:, None]
+        low, high = torch.zeros_like(k), torch.ones_like(k)
+        for _ in range(30):
+            p = (low + high) / 2
+            count = (reached < p[:, None, None]).sum(-1).maximum(floor)  # [H, R]
+            kept = covered.gather(-1, count[..., None] - 1)[..., 0].double()
+            too_many = (kept * weight).sum(1) > density
+            low, high = torch.where(too_many, low, p), torch.where(too_many, p, high)
+        return low
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Curves of every head: error [L, H, T, D] at points [D], density [L, H, N]; rows by layer."""
+
+    points: Tensor
+    error: Tensor
+    density: Tensor
+    rows: list[_Rows]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.density.shape[2]
+
+    @property
+    def curves(self) -> Curves:
+        """Return the curves with heads flattened, errors averaged over noise levels."""
+        error = self.error.mean(2).flatten(0, 1)
+        return Curves(self.density.flatten(0, 1), self.points, error)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What the chosen budgets do: k, p, split, density [L, H], error and mass [L, H, T]."""
+
     k: Tensor
-    v: Tensor
-    out: Tensor
-    scores: BlockScores
-    gradients: list[Tensor]
-
-    def error(self, attention: SparseAttention, policy: Hybrid) -> tuple[Tensor, BlockMask]:
-        """Return the squared velocity error [B, H] of the policy's mask, and the mask."""
-        mask = policy(self.scores)
-        out = attention.attend(self.q, self.k, self.v, mask)
-        change = (out - self.out).float()
-        effects = [(g * change).sum((2, 3)).square() for g in self.gradients]
-        return torch.stack(effects).mean(0), mask
+    p: Tensor
+    split: Tensor
+    density: Tensor
+    error: Tensor
+    mass: Tensor
 
 
-def calibrate(
-    teacher: nn.Module,
-    method: SparseMethod,
-    samples: list[Sample],
-    *,
-    sparsity: float,
-    noise_levels: list[float],
-    densities: list[float],
-    probes: int,
-    seed: int,
-    clips: int,
-) -> Calibration:
-    """Return per-head budgets of mean density 1 - sparsity for a teacher attached densely."""
-    start = time.monotonic()
-    layers = list(attentions(teacher))
-    heads = int(teacher.config.num_attention_heads)  # type: ignore[arg-type]
-    attention = SparseAttention(method, heads).requires_grad_(False).to(samples[0].x.device)
-    curve = torch.zeros(len(layers), heads, len(densities), dtype=torch.float64)
-    rows: list[list[Tensor]] = [[] for _ in layers]
-    for _, index, layer in _capture(teacher, attention, samples, probes, seed, "calibrate curves"):
-        for d, density in enumerate(densities):
-            policy = Hybrid(k=density).to(layer.q.device)
-            curve[index, :, d] += layer.error(attention, policy)[0].double().cpu().sum(0)
-        rows[index].append(_some_rows(layer.scores.score))
-    num_samples = sum(len(sample.t) for sample in samples)
-    curve /= num_samples
-    num_blocks = rows[0][0].shape[-1]
-    target = 1 - sparsity
-    if target * num_blocks < 1:
-        raise ValueError(
-            f"sparsity={sparsity}: allowed is at most {1 - 1 / num_blocks:.4f} with {num_blocks} "
-            "blocks a row (one must stay); lower it or make the blocks smaller"
+class Calibrator:
+    """Measures a teacher that is attached densely, and gives its heads budgets.
+
+    `densities` are shares of blocks at which errors are measured. What was measured is kept, so
+    that several budgets of one teacher cost one measurement. The teacher stays attached densely;
+    a measure that needs gradients holds one backward pass of it in memory.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        method: SparseMethod,
+        samples: list[Sample],
+        *,
+        noise_levels: list[float],
+        densities: list[float],
+        probes: int,
+        seed: int,
+    ) -> None:
+        self.teacher, self.method, self.samples = teacher, method, samples
+        self.noise_levels, self.densities = noise_levels, densities
+        self.probes, self.seed = probes, seed
+        self.layers = list(attentions(teacher))
+        self.heads = int(teacher.config.num_attention_heads)  # type: ignore[arg-type]
+        counts = [sum(len(s.t) for s in samples if s.level == i) for i in range(len(noise_levels))]
+        self._per_level = torch.tensor(counts, dtype=torch.float64)
+        self._found: dict[Any, _Measured] = {}
+
+    def run(
+        self,
+        allocation: Allocation,
+        *,
+        sparsity: float | None = None,
+        error_budget: float | None = None,
+    ) -> Calibration:
+        """Return budgets of a sparsity, or of a relative velocity error: one of them is given.
+
+        An error budget is met by bisection of the density, running the sparse model at each step,
+        because the errors of single heads predict that of all only roughly.
+        Raises Refusal for an error budget where the policy's own k and p decide, and ValueError for
+        a sparsity that leaves a row no block.
+        """
+        start = time.monotonic()
+        target = 1 - (sparsity or 0.0)
+        chosen: dict[str, Any] = {}
+        if isinstance(allocation, Fixed):
+            if error_budget is not None:
+                raise Refusal(
+                    "error_budget",
+                    error_budget,
+                    "null with allocation=fixed, where the policy's own k and p decide",
+                    "choose another allocation, or give sparsity instead",
+                )
+            k, p = self.method.policy.k.cpu(), self.method.policy.p.cpu()
+            shape = len(self.layers), self.heads
+            splits = [(k.expand(shape), p.expand(shape))]
+            curve_densities, curve_error = [], []
+        else:
+            found = self._measure(allocation.measure, keep_rows=len(allocation.splits) > 1)
+            worth = allocation.worth(found.curves)
+            if error_budget is not None:
+                target = self._density_of(error_budget, worth, found)
+            counts, bound = self._give_out(worth, found, target)
+            splits = self._splits(found, counts, allocation.splits)
+            if allocation.measure is not None:
+                chosen["bound"] = bound
+            curve_densities = (found.points / found.num_blocks).tolist()
+            curve_error = _rounded(found.error)
+        outcome = self._try(splits, allocation.measure)
+        if allocation.measure in VELOCITY:
+            chosen["predicted_error"] = float(outcome.error.mean(2).sum().sqrt())
+        planned = float(outcome.density.mean())
+        result = Calibration(
+            layers=self.layers,
+            num_heads=self.heads,
+            noise_levels=self.noise_levels,
+            target_density=target,
+            planned_density=planned,
+            k=outcome.k.tolist(),
+            p=outcome.p.tolist(),
+            captured_mass=_rounded(outcome.mass),
+            measure=allocation.measure,
+            error=_rounded(outcome.error) if allocation.measure else [],
+            curve_densities=curve_densities if allocation.measure else [],
+            curve_error=curve_error if allocation.measure else [],
+            chosen=chosen | _describe(allocation, outcome),
+            clips=int(self._per_level[0]),
+            seconds=0.0,
         )
-    share = water_fill(
-        torch.tensor(densities, dtype=torch.float64),
-        curve.flatten(0, 1),
-        target=target,
-        num_blocks=num_blocks,
-    ).view(len(layers), heads)
-    budgets = [_budgets(share, rows, top_k) for top_k in TOP_K_SHARES]
+        result.chosen["measured_error"] = _rounded(self._sparse_error(outcome.k, outcome.p))
+        return replace(result, seconds=time.monotonic() - start)
 
-    error = torch.zeros(len(TOP_K_SHARES), len(layers), heads, dtype=torch.float64)
-    achieved = torch.zeros_like(error)
-    mass = torch.zeros(*error.shape, len(noise_levels), dtype=torch.float64)
-    for sample, index, layer in _capture(
-        teacher, attention, samples, probes, seed, "calibrate split"
-    ):
-        true_mass = Oracle()(layer.q, layer.k, layer.v, *_layouts(layer.scores)).score
-        for i, (k, p) in enumerate(budgets):
-            policy = Hybrid(num_heads=heads).to(layer.q.device)
-            policy.set_budget(k[index], p[index])
-            effect, mask = layer.error(attention, policy)
-            error[i, index] += effect.double().cpu().sum(0)
-            achieved[i, index] += mask.density.cpu().sum(0)
-            mass[i, index, :, sample.level] += mask.captured(true_mass).double().cpu().sum(0)
-    best = error.argmin(0, keepdim=True)  # [1, L, H]
-    per_level = num_samples / len(noise_levels)
-    chosen_mass = mass.gather(0, best[..., None].expand(1, *mass.shape[1:]))[0] / per_level
-    k, p = (torch.stack(values).gather(0, best)[0] for values in zip(*budgets, strict=True))
-    return Calibration(
-        layers=layers,
-        num_heads=heads,
-        noise_levels=noise_levels,
-        target_density=target,
-        planned_density=float(achieved.gather(0, best).mean()) / num_samples,
-        k=k.tolist(),
-        p=p.tolist(),
-        captured_mass=chosen_mass.tolist(),
-        curve_densities=densities,
-        curve_error=curve.tolist(),
-        clips=clips,
-        seconds=time.monotonic() - start,
-    )
+    def _density_of(self, error_budget: float, worth: Tensor, found: _Measured) -> float:
+        """Bisect the least density whose sparse model, by Top-k alone, meets the error budget."""
+        low, high = float(found.density[..., 0].mean()), 1.0
+
+        def meets(density: float) -> bool:
+            k, p = self._splits(found, self._give_out(worth, found, density)[0], (1.0,))[0]
+            return float(self._sparse_error(k, p).mean()) <= error_budget
+
+        if meets(low):
+            return low
+        for _ in range(BISECTIONS):
+            middle = (low * high) ** 0.5
+            low, high = (low, middle) if meets(middle) else (middle, high)
+        return high
+
+    def _give_out(self, worth: Tensor, found: _Measured, target: float) -> tuple[Tensor, float]:
+        """Return each head's number of blocks [L, H], and the bound that decided it."""
+        counts, bound = give_out(worth, found.density.flatten(0, 1), target=target)
+        return counts.view(len(self.layers), self.heads), bound
+
+    def _measure(self, measure: Measure | None, *, keep_rows: bool) -> _Measured:
+        """Measure every head's error at each of the densities, and what each budget costs."""
+        if (measure, keep_rows) in self._found:
+            return self._found[measure, keep_rows]
+        rows = [_Rows() for _ in self.layers]
+        points = density = error = torch.zeros(0)
+
+        def visit(sample: Sample, layer: Layer) -> None:
+            nonlocal points, density, error
+            ordered, covered = coverage(layer.scores)
+            num_blocks = covered.shape[3]
+            if not len(points):
+                shares = torch.tensor(self.densities, dtype=torch.float64)
+                points = (shares * num_blocks).round().clamp(1, num_blocks).long().unique()
+                density = self._zeros(num_blocks)
+                error = self._zeros(len(self.noise_levels), len(points))
+            sizes = layer.scores.q_layout.sizes.double()
+            weight = (sizes / sizes.sum(-1, keepdim=True)).expand(covered.shape[:3])
+            density[layer.index] += torch.einsum("bhqk,bhq->hk", covered, weight).cpu()
+            if keep_rows:
+                rows[layer.index].keep(ordered, covered, weight)
+            for d, point in enumerate(points.tolist() if measure else []):
+                policy = self._policy(layer, torch.full((self.heads,), point / num_blocks))
+                effect = layer.error(layer.mask(policy))
+                error[layer.index, :, sample.level, d] += effect.sum(0)
+
+        self._visit(visit, measure, f"calibrate {measure or 'density'}")
+        error /= self._per_level[:, None]
+        density /= self._per_level.sum()
+        found = _Measured(points, error, density, rows)
+        self._found[measure, keep_rows] = found
+        return found
+
+    def _try(self, splits: list[Split], measure: Measure | None) -> _Outcome:
+        """Measure every split of the budgets and keep each head's best."""
+        error = self._zeros(len(splits), len(self.noise_levels))
+        mass, density = torch.zeros_like(error), torch.zeros_like(error)
+
+        def visit(sample: Sample, layer: Layer) -> None:
+            for i, (k, p) in enumerate(splits):
+                policy = self._policy(layer, k[layer.index], p[layer.index])
+                mask = layer.mask(policy)
+                place = (layer.index, slice(None), i, sample.level)
+                density[place] += mask.density.cpu().sum(0)
+                mass[place] += mask.captured(layer.mass).double().cpu().sum(0)
+                if measure is not None:
+                    error[place] += layer.error(mask).sum(0)
+
+        self._visit(visit, measure, "calibrate masks")
+        split = error.sum(-1).argmin(2)  # [L, H]
+        k, p = (torch.stack(x, 2) for x in zip(*splits, strict=True))
+
+        def best(x: Tensor) -> Tensor:
+            at = split.view(*split.shape, 1, *[1] * (x.ndim - 3))
+            return x.gather(2, at.expand(-1, -1, 1, *x.shape[3:])).squeeze(2)
+
+        return _Outcome(
+            k=best(k),
+            p=best(p),
+            split=split,
+            density=best(density).sum(-1) / self._per_level.sum(),
+            error=best(error) / self._per_level,
+            mass=best(mass) / self._per_level,
+        )
+
+    def _sparse_error(self, k: Tensor, p: Tensor) -> Tensor:
+        """Return the sparse model's relative velocity error by noise level, all heads at once."""
+        errors = torch.zeros(len(self.noise_levels), dtype=torch.float64)
+        dense = self._dense
+        detach(self.teacher)
+        attach(self.teacher, self.method)
+        try:
+            for attention, *budget in zip(attentions(self.teacher).values(), k, p, strict=True):
+                attention.policy.set_budget(*budget)
+            for sample, v in zip(self.samples, dense, strict=True):
+                change = self._velocity(sample) - v
+                ratio = change.flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)
+                errors[sample.level] += ratio.double().cpu().sum()
+        finally:
+            detach(self.teacher)
+            attach(self.teacher, None)
+        return errors / self._per_level
+
+    @cached_property
+    def _dense(self) -> list[Tensor]:
+        return [self._velocity(sample) for sample in self.samples]
+
+    @torch.no_grad()
+    def _velocity(self, sample: Sample) -> Tensor:
+        return velocity(self.teacher, sample.x, sample.t, sample.text, sample.condition)
+
+    def _visit(
+        self, visit: Callable[[Sample, Layer], None], measure: Measure | None, title: str
+    ) -> None:
+        width = int(self.teacher.config.attention_head_dim)  # type: ignore[arg-type]
+        attention = SparseAttention(self.method, self.heads, width).requires_grad_(False)
+        attention.to(self.samples[0].x.device)
+        visit_layers(
+            self.teacher,
+            attention,
+            self.samples,
+            visit,
+            measure=measure,
+            probes=self.probes,
+            seed=self.seed,
+            title=title,
+        )
+
+    def _splits(
+        self, found: _Measured, counts: Tensor, top_k_shares: tuple[float, ...]
+    ) -> list[Split]:
+        """Split each head's blocks [L, H]: a share of them as k, and p so that the density fits."""
+        density = found.density.gather(2, counts[..., None] - 1)[..., 0]
+        splits = []
+        for top_k in top_k_shares:
+            k = (counts / found.num_blocks * top_k).float()
+            p = torch.zeros_like(k)
+            if top_k < 1:
+                fits = zip(found.rows, k, density, strict=True)
+                crossing = self.method.policy.keep_crossing
+                p = torch.stack([r.fit_p(floor, d, keep_crossing=crossing) for r, floor, d in fits])
+            splits.append((k, p))
+        return splits
+
+    def _policy(self, layer: Layer, k: Tensor, p: Tensor | None = None) -> Hybrid:
+        policy = layer.attention.policy
+        policy.set_budget(k, torch.zeros_like(k) if p is None else p)
+        return policy
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(len(self.layers), self.heads, *shape, dtype=torch.float64)
 
 
-def _capture(
-    teacher: nn.Module,
-    attention: SparseAttention,
-    samples: list[Sample],
-    probes: int,
-    seed: int,
-    title: str,
-) -> Iterator[tuple[Sample, int, _Layer]]:
-    """Yield each layer of the dense teacher on each sample, with gradients of random probes."""
-    captured: list[tuple[Any, ...]] = []
-
-    def keep(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        captured.append((*args, out))
-
-    handles = [a.register_forward_hook(keep) for a in attentions(teacher).values()]
-    generator = torch.Generator(samples[0].x.device).manual_seed(seed)
-    try:
-        for sample in tqdm(samples, desc=title, unit="batch"):
-            captured.clear()
-            x = sample.x.detach().requires_grad_()  # the root that gives every layer a graph
-            v = velocity(teacher, x, sample.t, sample.text, sample.condition)
-            norm = v.detach().flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)
-            outs = [c[-1] for c in captured]
-            gradients = []
-            for probe in range(probes):
-                u = torch.empty_like(v).normal_(generator=generator) / norm
-                keep_graph = probe + 1 < probes
-                gradients.append(torch.autograd.grad((u * v).sum(), outs, retain_graph=keep_graph))
-            for index, (query, key, value, grid, _, out) in enumerate(captured):
-                per_probe = [g[index] for g in gradients]
-                tensors = (query, key, value, out)
-                yield sample, index, _in_blocks(attention, grid, tensors, per_probe)
-    finally:
-        for handle in handles:
-            handle.remove()
+def _describe(allocation: Allocation, outcome: _Outcome) -> dict[str, Any]:
+    """Return the figures that say what was chosen."""
+    facts: dict[str, Any] = {
+        "lowest_density": float(outcome.density.min()),
+        "highest_density": float(outcome.density.max()),
+        "heads_by_top_k_share": {
+            str(share): int((outcome.split == i).sum()) for i, share in enumerate(allocation.splits)
+        },
+    }
+    if allocation.measure is not None:
+        by_level = outcome.error.sum((0, 1))
+        facts["level_ratio"] = float(by_level.max() / by_level.min().clamp(min=1e-30))
+    return facts
 
 
-def _in_blocks(
-    attention: SparseAttention,
-    grid: TokenGrid,
-    tensors: tuple[Tensor, ...],
-    gradients: list[Tensor],
-) -> _Layer:
-    q, k, v, out = (x.detach() for x in tensors)
-    q_layout, kv_layout = attention.layout(q, k, v, grid)
-    q, k, v = permute_qkv(q_layout, kv_layout, q, k, v)
-    scores = attention.estimator(q, k, v, q_layout, kv_layout)
-    per_probe = [q_layout.permute(g).float() for g in gradients]
-    return _Layer(q, k, v, q_layout.permute(out), scores, per_probe)
+def _rounded(x: Tensor) -> Any:
+    """Return nested lists of six significant digits, for a small file."""
 
+    def of(value: Any) -> Any:
+        return [of(v) for v in value] if isinstance(value, list) else float(f"{value:.6g}")
 
-def _layouts(scores: BlockScores) -> tuple[Any, Any]:
-    return scores.q_layout, scores.kv_layout
-
-
-def _some_rows(score: Tensor) -> Tensor:
-    """Return evenly spaced rows of score [B, H, Nq, Nk] as [H, rows, Nk] on the CPU."""
-    step = max(1, score.shape[2] // ROWS_KEPT)
-    return score[:, :, ::step].transpose(0, 1).flatten(1, 2).cpu()
-
-
-def _budgets(share: Tensor, rows: list[list[Tensor]], top_k: float) -> tuple[Tensor, Tensor]:
-    """Split each head's share of blocks [L, H]: `top_k` of it as k, and p so that the mean fits."""
-    k = share * top_k
-    if top_k == 1:
-        return k, torch.zeros_like(k)
-    p = torch.stack([_fit_p(torch.cat(r, 1), s, f) for r, s, f in zip(rows, share, k, strict=True)])
-    return k, p
-
-
-def _fit_p(score: Tensor, share: Tensor, k: Tensor) -> Tensor:
-    """Bisect p [H] so that rows [H, R, Nk] keep `share` [H] of their blocks on average."""
-    ordered = score.sort(-1, descending=True)[0]
-    mass_before = ordered.cumsum(-1) - ordered
-    num_blocks = score.shape[-1]
-    floor = (k * num_blocks).round().clamp(min=1)[:, None]
-    low, high = torch.zeros_like(share), torch.ones_like(share)
-    for _ in range(30):
-        p = (low + high) / 2
-        count = (mass_before < p[:, None, None]).sum(-1).maximum(floor)  # [H, R]
-        too_many = count.double().mean(-1) > share * num_blocks
-        low, high = torch.where(too_many, low, p), torch.where(too_many, p, high)
-    return low
+    return of(x.tolist())

@@ -14,6 +14,8 @@ from gossamer.train.files import write_atomic
 from gossamer.train.refusal import Refusal
 
 CALIBRATION = "calibration.json"
+FORMAT_VERSION = 2
+SQUARED = ("output", "fisher", "velocity", "velocity_exact")  # measures whose errors are squares
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,15 @@ class Calibration:
     k: list[list[float]]
     p: list[list[float]]
     captured_mass: list[list[list[float]]]  # [noise level]
+    measure: str | None  # what the errors are; None: none was measured
+    error: list[list[list[float]]]  # [noise level], of the chosen masks, one head sparse at a time
     curve_densities: list[float]
-    curve_error: list[list[list[float]]]  # [density]: squared relative velocity error
+    curve_error: list[list[list[list[float]]]]  # [noise level][density]
+    chosen: dict[str, Any]  # what was derived from the one figure asked for, and what it does
     clips: int
     seconds: float
     made_for: dict[str, Any] = field(default_factory=dict)  # what the masks were asked to be
+    format_version: int = FORMAT_VERSION
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,14 +49,19 @@ class Calibration:
         """Read what `save` wrote; Refusal when it cannot be read."""
         file = folder / CALIBRATION
         try:
-            return cls(**json.loads(file.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise Refusal(
-                "calibration",
-                file,
-                "a calibration of this version of gossamer",
-                f"delete it and run `gossamer calibrate`: {error}",
-            ) from error
+            content = json.loads(file.read_text())
+            version = content.get("format_version", 1)
+            if version == FORMAT_VERSION:
+                return cls(**content)
+            reason = f"its format_version is {version}, this gossamer reads {FORMAT_VERSION}"
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            reason = str(error)
+        raise Refusal(
+            "calibration",
+            file,
+            "a calibration of this version of gossamer",
+            f"delete it and run `gossamer calibrate`: {reason}",
+        )
 
     def differs(self, asked: dict[str, Any]) -> str:
         """Name what was calibrated for other masks or another model; empty when it all fits."""
@@ -59,13 +70,49 @@ class Calibration:
         return ", ".join(f"{key}: {made.get(key)}, now {asked[key]}" for key in odd)
 
     def table(self) -> list[str]:
-        """Return lines: captured attention mass of each layer by noise level, its heads' range."""
+        """Return lines: captured mass and error of each layer by noise level, its heads' range."""
+        tables = {"captured attention mass": torch.tensor(self.captured_mass)}
+        if self.measure is not None:
+            error = torch.tensor(self.error)
+            tables[f"error ({self.measure})"] = error.sqrt() if self.measure in SQUARED else error
         levels = "  ".join(f"t={t:g}" for t in self.noise_levels)
-        lines = [f"captured attention mass by layer: {levels}  (lowest and highest head)"]
-        for layer, mass in zip(self.layers, torch.tensor(self.captured_mass), strict=True):
-            by_level = "  ".join(f"{m:.3f}" for m in mass.mean(0).tolist())
-            heads = mass.mean(1)
-            lines.append(f"{layer}: {by_level}  ({heads.min():.3f} to {heads.max():.3f})")
+        lines = []
+        for title, values in tables.items():  # [L, H, T]
+            lines.append(f"{title} by layer: {levels}  (lowest and highest head)")
+            for layer, heads in zip(self.layers, values, strict=True):
+                by_level = "  ".join(f"{x:.3g}" for x in heads.mean(0).tolist())
+                means = heads.mean(1)
+                lines.append(f"{layer}: {by_level}  ({means.min():.3g} to {means.max():.3g})")
+        return lines
+
+    def reasons(self) -> list[str]:
+        """Return lines that say what was chosen, and why."""
+        chosen = self.chosen
+        low, high = chosen["lowest_density"], chosen["highest_density"]
+        lines = [f"density by head: {low:.4f} to {high:.4f}, mean {self.planned_density:.4f}"]
+        if "bound" in chosen:
+            lines.append(
+                f"the last block given was worth {chosen['bound']:.3g} ({self.measure}); every "
+                "block that is worth more is computed exactly"
+            )
+        shares = chosen["heads_by_top_k_share"]
+        if len(shares) > 1:
+            counted = ", ".join(f"{share}: {heads} heads" for share, heads in shares.items())
+            lines.append(f"share of the budget that is Top-k, the rest Top-p, by error: {counted}")
+        if "level_ratio" in chosen:
+            lines.append(
+                f"error ({self.measure}) of the worst noise level over the best, all heads: "
+                f"{chosen['level_ratio']:.2f}; one budget serves all levels"
+            )
+        measured = torch.tensor(chosen["measured_error"])
+        by_level = ", ".join(
+            f"t={t:g} {e:.4f}" for t, e in zip(self.noise_levels, measured.tolist(), strict=True)
+        )
+        lines.append(
+            f"relative velocity error of the sparse model: {measured.mean():.4f} ({by_level})"
+        )
+        if "predicted_error" in chosen:
+            lines.append(f"predicted from one head at a time: {chosen['predicted_error']:.4f}")
         return lines
 
     def apply(self, model: nn.Module) -> None:

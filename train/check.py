@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from gossamer.sparse.allocation import Fixed
 from gossamer.sparse.attach import family_of, method_from_spec
 from gossamer.sparse.attention import SparseMethod, check_backend
 from gossamer.sparse.layout import TokenGrid
@@ -56,7 +57,7 @@ def preflight(cfg: DictConfig, stages: list[str]) -> dict[str, Any]:
     facts |= _model_facts(source, model, grid)
     dtype = attention_dtype()
     facts["precision"] = str(dtype).removeprefix("torch.")
-    if cfg.sparsity > 0:
+    if is_sparse(cfg):
         facts |= _check_sparsity(cfg, model, grid, dtype, device)
         _check_calibration_path(cfg)
     if cfg.seed in cfg.repeat_seeds:
@@ -71,6 +72,11 @@ def preflight(cfg: DictConfig, stages: list[str]) -> dict[str, Any]:
     if "export" in stages:
         _check_export(source, text)
     return facts
+
+
+def is_sparse(cfg: DictConfig) -> bool:
+    """Say whether the run's attention is sparse: to a sparsity above 0, or to an error budget."""
+    return cfg.error_budget is not None or cfg.sparsity > 0
 
 
 def check_device(device: str) -> torch.device:
@@ -219,14 +225,14 @@ def _check_sparsity(
     method = method_from_spec({**spec, "backend": cfg.backend})
     q_layout, kv_layout = method.layout.build(grid)  # type: ignore[attr-defined]
     most = _most_sparsity(cfg, method, kv_layout.num_blocks)
-    if cfg.sparsity > most + 1e-9:
+    if cfg.sparsity is not None and cfg.sparsity > most + 1e-9:
         kept = f"{round((1 - most) * kv_layout.num_blocks)} of {kv_layout.num_blocks} blocks a row"
         raise Refusal(
             "sparsity",
             cfg.sparsity,
             f"at most {most:.4f} ({kept} must stay)",
             "lower sparsity, make the layout's blocks smaller, or lower policy.k where "
-            "calibration.budgets=policy",
+            "allocation=fixed",
         )
     head_dim = int(model.config.attention_head_dim)  # type: ignore[arg-type]
     try:
@@ -237,13 +243,13 @@ def _check_sparsity(
     return {
         "backend": backend,
         "blocks": f"{q_layout.num_blocks} x {kv_layout.num_blocks} of {q_block} x {kv_block}",
-        "sparsity": cfg.sparsity,
+        **{name: cfg[name] for name in ("sparsity", "error_budget") if cfg[name] is not None},
     }
 
 
 def _most_sparsity(cfg: DictConfig, method: SparseMethod, num_blocks: int) -> float:
     """Return the sparsity left by the fewest blocks a row that the budgets can keep."""
-    if cfg.calibration.budgets != "policy":
+    if not isinstance(build(cfg.allocation), Fixed):
         return 1 - 1 / num_blocks
     return 1 - max(1, round(float(method.policy.k[0]) * num_blocks)) / num_blocks
 

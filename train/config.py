@@ -27,7 +27,7 @@ from yaml import YAMLError
 
 from gossamer.sparse.construct import allowed_class, construct
 from gossamer.train.files import write_atomic
-from gossamer.train.ranges import validate
+from gossamer.train.ranges import NULLABLE, validate
 from gossamer.train.redact import redact
 from gossamer.train.refusal import Refusal
 from gossamer.train.suggest import nearest
@@ -260,7 +260,7 @@ def _check_type(expected: Any, value: Any, key: str) -> None:
         str: ((str,), "a text (quote numbers: \"'7'\")"),
         list: ((list,), "a list such as [1,2]"),
     }
-    if expected is None or "???" in (expected, value):
+    if expected is None or "???" in (expected, value) or (value is None and key in NULLABLE):
         return
     types, words = allowed[type(expected)]
     is_bool = isinstance(value, bool) and bool not in types

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from gossamer.sparse.attach import attentions
 from gossamer.sparse.attention import SparseAttention
 from gossamer.sparse.estimators.oracle import Oracle
-from gossamer.train.calibrate import Sample
 from gossamer.train.codec import Codec
+from gossamer.train.measures import Sample
 from gossamer.train.model import velocity
 from gossamer.train.noise import add_noise, mix
 from gossamer.train.pipeline import euler_sample
@@ -43,6 +43,7 @@ def noisy_samples(
                     t=levels.to(device),
                     text=torch.stack([c["text"] for c in batch]).to(device),
                     condition=None if condition is None else condition.to(device),
+                    target=(noise - latent).to(device),
                 )
             )
     return samples

@@ -14,10 +14,12 @@ from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from gossamer.sparse.allocation import Fixed
 from gossamer.sparse.attach import attach, method_from_spec
 from gossamer.train import checkpoint, loop
+from gossamer.train.calibrate import Calibrator
 from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
-from gossamer.train.check import preflight
+from gossamer.train.check import is_sparse, preflight
 from gossamer.train.codec import Codec, load_codec
 from gossamer.train.config import build, data_dir, fingerprint, save_config
 from gossamer.train.data.dataset import LatentDataset
@@ -51,7 +53,13 @@ class Job:
 
     @property
     def is_sparse(self) -> bool:
-        return self.cfg.sparsity > 0
+        return is_sparse(self.cfg)
+
+    @property
+    def sparsity(self) -> float:
+        """Return the sparsity asked for, or the one that calibration found for the error budget."""
+        asked = self.cfg.sparsity
+        return 1 - self.calibration.target_density if asked is None else asked
 
     @cached_property
     def source(self) -> Any:
@@ -151,9 +159,30 @@ class Job:
         """Return what decides a calibration, but for the model's weights."""
         spec = self.method_spec
         names = ["layout", "estimator"]
-        names += ["policy"] * (self.cfg.calibration.budgets == "policy")
-        asked = {name: spec[name] for name in names}
-        return {"sparsity": self.cfg.sparsity, "budgets": self.cfg.calibration.budgets, **asked}
+        names += ["policy"] * isinstance(build(self.cfg.allocation), Fixed)
+        asked = OmegaConf.to_container(
+            OmegaConf.masked_copy(self.cfg, ["sparsity", "error_budget", "allocation"])
+        )
+        assert isinstance(asked, dict)
+        return {str(k): v for k, v in asked.items()} | {name: spec[name] for name in names}
+
+    def calibrator(self, teacher: nn.Module, clips: list[int] | None = None) -> Calibrator:
+        """Return the calibrator of a dense teacher on training clips (evenly spaced ones)."""
+        from gossamer.train.evaluate import evenly, noisy_samples
+
+        options, dataset = self.cfg.calibration, self.dataset("train")
+        chosen = evenly(len(dataset), options.clips) if clips is None else clips
+        levels, batch_size = list(options.noise_levels), self.cfg.evaluation.batch_size
+        samples = noisy_samples([dataset[i] for i in chosen], levels, batch_size, self.device)
+        return Calibrator(
+            teacher,
+            method_from_spec(self.method_spec),
+            samples,
+            noise_levels=levels,
+            densities=list(options.densities),
+            probes=options.probes,
+            seed=self.cfg.seed,
+        )
 
     @cached_property
     def calibration(self) -> Calibration:

@@ -11,13 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 from gossamer.train.refusal import Refusal
 from gossamer.train.suggest import nearest
 
+NULLABLE = ("sparsity",)  # keys that may be null though their default is not
 STAGES = ("encode", "calibrate", "train", "evaluate", "export", "report")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "backend": ("auto", "reference", "triton", "hopper"),
     "resume": ("auto", "force", "never"),
-    "calibration.budgets": ("per_head", "policy"),
     "lora.layers": ("attention", "linear"),
     "export.lora": ("merged", "adapter"),
     "data.condition": ("none", "first_frame"),
@@ -60,7 +60,11 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "sparsity": (
         "a number in [0, 1): every query keeps at least one key block",
-        lambda value: 0 <= value < 1,
+        lambda value: value is None or 0 <= value < 1,
+    ),
+    "error_budget": (
+        "null or a finite number above 0",
+        lambda value: value is None or 0 < value < math.inf,
     ),
     "steps": _whole(1),
     "batch_size": _whole(1),
@@ -120,6 +124,14 @@ def validate(cfg: DictConfig) -> None:
     for key, (allowed, is_allowed) in _RANGES.items():
         if _is_present(cfg, key) and not _holds(is_allowed, OmegaConf.select(cfg, key)):
             raise Refusal(key, OmegaConf.select(cfg, key), allowed, f"give {key} such a value")
+    if (cfg.sparsity is None) == (cfg.error_budget is None):
+        both = "null" if cfg.sparsity is None else cfg.error_budget
+        raise Refusal(
+            "error_budget",
+            both,
+            "either sparsity or error_budget, the other null",
+            "give e.g. sparsity=null error_budget=0.05",
+        )
     _check_stages(cfg.stages)
 
 

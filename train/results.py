@@ -115,7 +115,7 @@ def _evaluate_sparse(job: "Job", clips: list[Clip]) -> dict[str, Any]:
     return {
         "seeds": job.seeds,
         "sparsity": {
-            "requested": job.cfg.sparsity,
+            "requested": job.cfg.sparsity,  # null where an error budget was given
             "planned": 1 - job.calibration.planned_density,
             "measured_before": 1 - masks["before"].mean_density,
             "measured_after": 1 - masks["after"].mean_density,
@@ -298,7 +298,7 @@ def _card(job: "Job") -> str:
     facts = {
         "recipe": job.cfg.recipe_name,
         "model": getattr(job.source, "path", "trained from scratch"),
-        "sparsity": job.cfg.sparsity,
+        "sparsity": job.sparsity,
         "adapter": _adapter(job),
         "guidance": job.cfg.guidance.scale,
         "loss": job.cfg.loss.name if "name" in job.cfg.loss else job.cfg.loss._target_,

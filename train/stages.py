@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from gossamer.sparse.attach import method_from_spec
 from gossamer.train import loop
-from gossamer.train.calibrate import calibrate
 from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
 from gossamer.train.check import check_splits
 from gossamer.train.checkpoint import RunLock
@@ -17,7 +15,6 @@ from gossamer.train.config import build, data_dir
 from gossamer.train.data.encode import encode
 from gossamer.train.data.shards import Manifest
 from gossamer.train.distiller import Distiller
-from gossamer.train.keep_policy import keep_policy
 from gossamer.train.negative import store_negative
 from gossamer.train.processes import on_main
 from gossamer.train.teach import write_cache
@@ -58,38 +55,26 @@ def _encode_data(job: "Job") -> None:
 
 def calibrate_stage(job: "Job") -> None:
     """Find the mask budgets on the dense teacher, unless they are there."""
-    from gossamer.train.evaluate import evenly, noisy_samples
+    from gossamer.train.reporting.calibration import draw
 
     if not job.is_sparse or _is_calibrated(job):
         return
-    options, dataset = job.cfg.calibration, job.dataset("train")
-    clips = [dataset[i] for i in evenly(len(dataset), options.clips)]
-    levels = list(options.noise_levels)
-    samples = noisy_samples(clips, levels, job.cfg.evaluation.batch_size, job.device)
-    method, teacher = method_from_spec(job.method_spec), job.dense()
-    common = {"sparsity": job.cfg.sparsity, "noise_levels": levels, "clips": len(clips)}
+    teacher = job.dense()
     with job.autocast():
-        if options.budgets == "policy":
-            result = keep_policy(teacher, method, samples, **common)
-        else:
-            result = calibrate(
-                teacher,
-                method,
-                samples,
-                densities=list(options.densities),
-                probes=options.probes,
-                seed=job.cfg.seed,
-                **common,
-            )
+        asked = {name: job.cfg[name] for name in ("sparsity", "error_budget")}
+        result = job.calibrator(teacher).run(build(job.cfg.allocation), **asked)
     made_for = {**job.masks_asked, "weights": weights_digest(teacher)}
     replace(result, made_for=made_for).save(job.calibration_dir)
+    draw(result, job.calibration_dir)
+    name, value = next((n, v) for n, v in asked.items() if v is not None)
     job.log(
-        "calibrated in %.0f s: planned sparsity %.4f (asked %.4f)",
+        "calibrated in %.0f s: planned sparsity %.4f (asked: %s %g)",
         result.seconds,
         1 - result.planned_density,
-        job.cfg.sparsity,
+        name,
+        value,
     )
-    for line in result.table():
+    for line in [*result.table(), *result.reasons()]:
         job.log("%s", line)
 
 
@@ -147,7 +132,7 @@ def train_stage(job: "Job") -> None:
                 folder=folder,
                 tracker=tracker,
                 title=f"train seed {seed}",
-                density=1 - job.cfg.sparsity,
+                density=1 - job.sparsity,
             )
         except SystemExit:  # stopped between two steps
             tracker.finish()

@@ -81,7 +81,7 @@ def test_cuda_is_refused_where_there_is_none() -> None:
         (["data.height=84"], "data.height=21 latents"),
         (["data.width=520"], "data.width=65 tokens: allowed is at most the model's 64"),
         (["sparsity=0.99"], "sparsity=0.99: allowed is at most 0.9833 (1 of 60 blocks a row"),
-        (["sparsity=0.95", "calibration.budgets=policy"], "at most 0.9000 (6 of 60 blocks"),
+        (["sparsity=0.95", "allocation=fixed"], "at most 0.9000 (6 of 60 blocks"),
         (["data.source=nowhere.mp4"], "data.source=nowhere.mp4"),
         (["data.holdout=0"], "data.holdout=0: allowed is above 0"),
         (["batch_size=2", "grad_accumulation=3"], "batch_size=2: allowed is a multiple of 3"),

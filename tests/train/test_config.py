@@ -133,7 +133,7 @@ def test_a_broken_recipe_is_refused(tmp_path: Path, text: str, said: str) -> Non
         ("sparsity=-0.1", "[0, 1)"),
         ("sparsity=nan", "[0, 1)"),
         ("sparsity=high", "a number"),
-        ("sparsity=null", "a number"),
+        ("sparsity=null", "either sparsity or error_budget"),
         ("steps=0", "at least 1"),
         ("steps=1.5", "a whole number"),
         ("steps=true", "a whole number"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gossamer.sparse.attach import attentions
-from gossamer.train.calibrate import Sample
+from gossamer.train.measures import Sample
 from gossamer.train.evaluate import (
     evenly,
     measure_masks,

@@ -68,7 +68,7 @@ def test_the_recipe_holds_the_published_settings() -> None:
     assert (cfg.policy.k, cfg.policy.p, cfg.sparsity) == (0.03, 0.2, 0.95)
     assert (cfg.steps, cfg.batch_size) == (500, 64)
     assert (cfg.data.frames, cfg.data.height, cfg.data.width, cfg.data.fps) == (81, 480, 832, 16)
-    assert cfg.calibration.budgets == "policy" and cfg.gradient_checkpointing
+    assert cfg.allocation._target_.endswith("Fixed") and cfg.gradient_checkpointing
     kinds = [
         cfg[name]._target_.rpartition(".")[2] for name in ("compensation", "loss", "estimator")
     ]
@@ -128,11 +128,11 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["data.condition=first_frame"], "data.condition=none"),
         (["model.condition=first_frame", "data.condition=first_frame"], "codec.channels=16"),
         (["policy.k=0.06"], "sparsity=0.95: allowed is at most 0.9395"),
-        (["sparsity=0.999", "calibration.budgets=per_head"], "1 of 512 blocks"),
+        (["sparsity=0.999", "allocation=velocity"], "1 of 512 blocks"),
         (["data.holdout=0"], "data.holdout=0"),
         (["layout.q_block=256", "backend=triton"], "q_block_size"),
         (["grad_accumulation=7"], "batch_size=64"),
-        (["calibration.budgets=polcy"], "did you mean policy?"),
+        (["allocation=fixd"], "did you mean fixed?"),
     ],
 )
 def test_check_refuses_in_one_line(

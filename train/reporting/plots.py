@@ -128,7 +128,9 @@ def heat_maps(
     return figure
 
 
-def calibration_curves(theme: Theme, densities: Array, error: Array, target: float) -> Figure:
+def calibration_curves(
+    theme: Theme, densities: Array, error: Array, target: float, *, unit: str
+) -> Figure:
     """Draw each head's error [L, H, D] over the density [D], coloured by layer."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -145,9 +147,9 @@ def calibration_curves(theme: Theme, densities: Array, error: Array, target: flo
             axes.plot(densities, head, color=shades(layer), lw=1.1, alpha=0.85)
     axes.axvline(target, color=theme.before, ls="--", lw=1.4, label=f"target density {target:.3g}")
     axes.set(
-        title="Estimated error when only one head is sparse",
-        xlabel="density of that head (share of token pairs computed exactly)",
-        ylabel="relative velocity error",
+        title="Error when only one head is sparse",
+        xlabel="density of that head (share of blocks computed exactly)",
+        ylabel=unit,
         xscale="log",
         yscale="log",
     )

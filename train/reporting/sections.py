@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from gossamer.train.calibration import SQUARED
 from gossamer.train.reporting import page, plots, strips, theme
+from gossamer.train.reporting.calibration import ERRORS
 from gossamer.train.reporting.page import Html
 from gossamer.train.reporting.run import Array, Run
 
@@ -62,19 +64,21 @@ def calibration_curves(run: Run) -> Html:
     if found is None:
         return _absent(title, "calibration/calibration.json is not in this run: no error curves.")
     if not found.get("curve_error"):
-        return _absent(title, "calibration.budgets=policy measures no error curves.")
-    error = np.sqrt(np.asarray(found["curve_error"], dtype=np.float64))  # stored squared
+        return _absent(title, "This allocation measures no error curves.")
+    error = np.asarray(found["curve_error"], dtype=np.float64).mean(2)  # over noise levels
+    if found["measure"] in SQUARED:
+        error = np.sqrt(error)
     densities = np.asarray(found["curve_densities"], dtype=np.float64)
     path = theme.write(
         run.report / "curves.png",
         lambda colours: plots.calibration_curves(
-            colours, densities, error, found["target_density"]
+            colours, densities, error, found["target_density"], unit=ERRORS[found["measure"]]
         ),
     )
     text = (
-        "One line a head: its estimated effect on the model's velocity when only this head is "
-        "sparse. Density goes where it lowers the squared error most. Calibrated on "
-        f"{found['clips']} clips in {found['seconds']:.0f} s."
+        f"One line a head: {ERRORS[found['measure']]} when only this head is sparse, the measure "
+        f"that its budget follows. Calibrated on {found['clips']} clips in "
+        f"{found['seconds']:.0f} s."
     )
     return page.section(title, page.paragraph(text), page.plot(path, title))
 

@@ -1,0 +1,146 @@
+"""Compare allocations on the untrained student: velocity error on held-out clips at equal density.
+
+    python -m gossamer.train.allocation_study [--sparsity 0.8 0.9 ...] [--repeats 3] recipe=demo ...
+
+Each repeat calibrates on other training clips with other probes. `velocity per level` has budgets
+for each noise level alone, which a run cannot use yet: it shows what noise-level bins would gain.
+The data must be encoded (`gossamer encode`).
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.sparse.allocation import Allocation, EqualError, Uniform, WaterFill
+from gossamer.sparse.attach import attach, attentions, method_from_spec
+from gossamer.train.calibrate import Calibrator
+from gossamer.train.config import compose
+from gossamer.train.evaluate import evenly, noisy_samples, velocities
+from gossamer.train.job import Job, make_accelerator
+from gossamer.train.measures import Sample
+from gossamer.train.model import velocity
+
+log = logging.getLogger(__name__)
+
+ALLOCATIONS: dict[str, Allocation] = {
+    "uniform": Uniform(),
+    "mass": EqualError(measure="mass"),
+    "error": EqualError(measure="relative_l1"),
+    "water_fill output": WaterFill(measure="output"),
+    "water_fill fisher": WaterFill(measure="fisher"),
+    "velocity": WaterFill(measure="velocity"),
+    "velocity split": WaterFill(measure="velocity", splits=(1.0, 0.75, 0.5)),
+    "velocity exact": WaterFill(measure="velocity_exact"),
+}
+PER_LEVEL = "velocity per level"
+
+
+def main(arguments: list[str]) -> int:
+    """Print a Markdown table: mean and range over repeats of error and density."""
+    parser = argparse.ArgumentParser(prog="python -m gossamer.train.allocation_study")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", default=[*ALLOCATIONS, PER_LEVEL])
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_intermixed_args(arguments)
+    cfg = compose(options.overrides)
+    job = Job(cfg, make_accelerator(cfg), [])
+    found: dict[tuple[str, float], list[tuple[float, float]]] = {}
+    with job.autocast():
+        for arm, sparsity, error, density in _measure(job, options):
+            found.setdefault((arm, sparsity), []).append((error, density))
+            sys.stderr.write(f"{arm} at {sparsity}: {error:.4f}, density {density:.4f}\n")
+    sys.stdout.write("\n".join(_table(found, options)) + "\n")
+    return 0
+
+
+def _measure(job: Job, options: argparse.Namespace) -> Iterator[tuple[str, float, float, float]]:
+    settings, heldout = job.cfg.evaluation, job.dataset("heldout")
+    levels = list(job.cfg.calibration.noise_levels)
+    clips = [heldout[i] for i in evenly(len(heldout), settings.clips)]
+    samples = noisy_samples(clips, levels, settings.batch_size, job.device)
+    teacher, method = job.dense(), method_from_spec(job.method_spec)
+    target = velocities(teacher, samples, "teacher")
+    student = attach(job.source.load(job.cfg.seed), method).to(job.device)
+    student.requires_grad_(False).eval()
+    num_clips = len(job.dataset("train"))
+    for repeat in range(options.repeats):
+        order = torch.randperm(num_clips, generator=torch.Generator().manual_seed(repeat))
+        calibrator = job.calibrator(teacher, order[: job.cfg.calibration.clips].tolist())
+        calibrator.seed = repeat
+        by_level = [_of_level(calibrator, level) for level in range(len(levels))]
+        for arm in options.arms:
+            for sparsity in options.sparsity:
+                errors: list[float] = []
+                densities: list[float] = []
+                if arm == PER_LEVEL:
+                    for level, alone in enumerate(by_level):
+                        alone.run(ALLOCATIONS["velocity"], sparsity=sparsity).apply(student)
+                        error, density = _run(student, samples, target, level)
+                        errors, densities = errors + error, densities + density
+                else:
+                    calibrator.run(ALLOCATIONS[arm], sparsity=sparsity).apply(student)
+                    errors, densities = _run(student, samples, target, None)
+                yield (
+                    arm,
+                    sparsity,
+                    float(torch.tensor(errors).mean()),
+                    float(torch.tensor(densities).mean()),
+                )
+
+
+def _of_level(calibrator: Calibrator, level: int) -> Calibrator:
+    """Return a calibrator of one noise level alone."""
+    samples = [
+        Sample(0, s.x, s.t, s.text, s.condition, s.target)
+        for s in calibrator.samples
+        if s.level == level
+    ]
+    return Calibrator(
+        calibrator.teacher,
+        calibrator.method,
+        samples,
+        noise_levels=[calibrator.noise_levels[level]],
+        densities=calibrator.densities,
+        probes=calibrator.probes,
+        seed=calibrator.seed,
+    )
+
+
+@torch.no_grad()
+def _run(
+    student: nn.Module, samples: list[Sample], target: list[Tensor], level: int | None
+) -> tuple[list[float], list[float]]:
+    """Return relative velocity errors of each sample, and densities of each layer and head."""
+    errors, densities = [], []
+    for s, theirs in zip(samples, target, strict=True):
+        if level in (None, s.level):
+            mine = velocity(student, s.x, s.t, s.text, s.condition).cpu()
+            change = (mine - theirs).flatten(1).norm(dim=1)
+            errors += (change / theirs.flatten(1).norm(dim=1)).tolist()
+            for attention in attentions(student).values():
+                densities += attention.mask.density.flatten().tolist()
+    return errors, densities
+
+
+def _table(
+    found: dict[tuple[str, float], list[tuple[float, float]]], options: argparse.Namespace
+) -> list[str]:
+    titles = [f"{100 * s:g} %: error (range) | density" for s in options.sparsity]
+    lines = [f"| allocation | {' | '.join(titles)} |", "|---" * (1 + 2 * len(titles)) + "|"]
+    for arm in options.arms:
+        cells = []
+        for sparsity in options.sparsity:
+            errors, densities = torch.tensor(found[arm, sparsity]).unbind(1)
+            cells.append(f"{errors.mean():.4f} ({errors.min():.4f} to {errors.max():.4f})")
+            cells.append(f"{densities.mean():.4f}")
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
