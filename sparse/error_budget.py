@@ -62,7 +62,7 @@ class ErrorBudget(Hybrid):
         cost = scores.q_layout.sizes[..., :, None] * scores.kv_layout.sizes[..., None, :]
         cost = cost.expand_as(planned)  # token pairs, int64 [B, H, Nq, Nk]
         gain = scores.score / scores.kv_layout.sizes.clamp(min=1)[..., None, :]
-        if self.scope != "row":
+        if self.scope != "row" and scores.error is not None:
             gain = gain * scores.error[..., None]
         first = {"row": 3, "head": 2, "layer": 1}[self.scope]
         spare = ((planned.long() - sure.long()) * cost).flatten(first).sum(-1, keepdim=True)

@@ -98,8 +98,9 @@ def permute_qkv(
 class Layout(Protocol):
     """Groups the tokens of q and of k: static layouts use the grid only, others also q, k and v."""
 
-    # tokens of the largest q block and kv block, None where that depends on q and k
-    block_shape: tuple[int, int] | None
+    @property
+    def block_shape(self) -> tuple[int, int] | None:
+        """Return the tokens of the largest q and kv block, None where q and k decide."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid

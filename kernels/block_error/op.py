@@ -41,7 +41,8 @@ def block_error(
     over all keys, the error is
         output  |sum of (e^s - e^s') (v - o)|^2 / Z^2, the squared change of the output, with o the
                 output of the centroids: comparable across rows, heads and layers
-        keys    sum of |e^s v - e^s' mean(v)|^2 (SVG-EAR, arXiv 2603.08982, Eq. 8): within a row only
+        keys    sum of |e^s v - e^s' mean(v)|^2 (SVG-EAR, arXiv 2603.08982, Eq. 8): comparable
+                within a row
     both for one query. Computed in the log domain, so that no logit overflows, and from
     differences, so that small errors keep their order. No gradient, no sync, deterministic.
 

@@ -1,5 +1,7 @@
 """Block errors, both backends, against the definition in fp64, key by key."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, kind: str) -> Block
     scale, edges = q.shape[-1] ** -0.5, offsets.tolist()
     s = q @ k.transpose(-1, -2) * scale
     top = s.amax(-1, keepdim=True)
-    spans = [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    spans = [slice(a, b) for a, b in pairwise(edges)]
     means = [(k[:, :, at].mean(2), v[:, :, at].mean(2)) for at in spans if at.start < at.stop]
     pooled = torch.stack([(q @ m[..., None]).squeeze(-1) * scale for m, _ in means], -1)
     log_n = torch.tensor([b.stop - b.start for b in spans if b.start < b.stop]).double().log()
