@@ -49,12 +49,13 @@ def plot(results: dict[str, Any], path: Path) -> None:
         "SVG2 compensated": ("#a5488c", "-"),
         "EAR released score": ("#0a8f68", "-"),
         "EAR E^out": ("#0067a5", "-"),
+        "EAR E^out, budget by layer": ("#6db9ef", "-"),
         "oracle mass, dropped": ("#c8500a", "--"),
         "oracle error, compensated": ("#0067a5", "--"),
     }
     panels = results["data"]
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False, layout="constrained"
+        1, len(panels), figsize=(5 * len(panels) + 2, 4), squeeze=False, layout="constrained"
     )
     for axis, (data, found) in zip(axes[0], panels.items(), strict=True):
         for name, (colour, style) in shown.items():
@@ -63,6 +64,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             axis.plot(x, y, style, color=colour, label=name, marker="o", markersize=3)
         axis.set(title=data, xlabel="density", ylabel="relative error of the output", yscale="log")
         axis.grid(alpha=0.3)
-    axes[0][-1].legend(fontsize=8)
+    handles, labels = axes[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
