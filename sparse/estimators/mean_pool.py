@@ -43,7 +43,7 @@ class MeanPool:
         score = score * k_alike[..., None, :]
         score /= score.sum(-1, keepdim=True).clamp(min=torch.finfo(score.dtype).tiny)
         forced = ~(q_alike[..., :, None] & k_alike[..., None, :])
-        return BlockScores(q_layout, kv_layout, score, forced)
+        return BlockScores(q_layout, kv_layout, score, forced=forced)
 
 
 def self_similarity(

@@ -92,9 +92,10 @@ class HeadPattern:
         )
         return q_layout, kv_layout
 
-    def build(self, grid: TokenGrid) -> tuple[BlockLayout, BlockLayout]:
-        """Return the q and the kv layout of a spatial head."""
-        return self._runs.build(grid)
+    def num_blocks(self, grid: TokenGrid) -> tuple[int, int]:
+        """Return the number of q and of kv blocks, the same for every head."""
+        q_layout, kv_layout = self._runs.build(grid)
+        return q_layout.num_blocks, kv_layout.num_blocks
 
     def classify(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
         """Return each head's pattern, int64 [B, H]: SPATIAL, TEMPORAL or NEITHER."""

@@ -116,9 +116,10 @@ class PerHead(nn.Module):
         """Return the q and the kv layout; q, k, v [B, H, S, D] in sequence order."""
         return self._runs(self.choice, q, grid)
 
-    def build(self, grid: TokenGrid) -> tuple[BlockLayout, BlockLayout]:
-        """Return the q and the kv layout of a head in the first order."""
-        return self._runs.build(grid)
+    def num_blocks(self, grid: TokenGrid) -> tuple[int, int]:
+        """Return the number of q and of kv blocks, the same for every head."""
+        q_layout, kv_layout = self._runs.build(grid)
+        return q_layout.num_blocks, kv_layout.num_blocks
 
     def _orders(self, grid: TokenGrid) -> list[Tensor]:
         return [self._order(name, grid) for name in self.names]
