@@ -3,14 +3,15 @@
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gossamer.kernels.block_sparse_attention.op import filtered_attention
 from gossamer.kernels.blocks import Blocks
+from gossamer.sparse.fp32 import Fp32Module
 from gossamer.sparse.gates import Gate
 
 
-class FilteredDrop(nn.Module):
+class FilteredDrop(Fp32Module):
     """Leave out unselected blocks, and the values of tiles far below each query's running maximum.
 
     `skip_below` is the gap of logits beyond which a tile's P V is skipped, one for each head
@@ -35,13 +36,14 @@ class FilteredDrop(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, backend: str, gate: Gate | None
     ) -> Tensor:
-        """Return attention of q, k, v [B, H, S, D] in block order, by the reference."""
+        """Return attention of q, k, v [B, H, S, D] in block order, without gradient."""
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise ValueError(
                 "compensation=filtered_drop: allowed is inference, it has no backward; "
                 "train with compensation=drop"
             )
-        return filtered_attention(q, k, v, blocks, self.skip_below.float())[0]
+        backend = "reference" if backend == "reference" else "triton"  # hopper has no filter
+        return filtered_attention(q, k, v, blocks, self.skip_below, backend=backend)[0]
 
 
 def _limit(value: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from ..blocks import Blocks
 from ..check import check_attention
 
 BACKENDS = ("reference", "triton", "hopper")
+_MAX_FILTERED_BLOCK = 128
 _TRITON_HEAD_DIMS = (16, 32, 64, 128)
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -72,7 +73,8 @@ def filtered_attention(
         q: [B, H, Sq, D]; k and v [B, H, Sk, D], blocks, scale: as in block_sparse_attention.
         skip_below: [H] or [1], fp32, at most 0, in units of the natural logarithm: a tile is
             skipped if max over its queries of (tile's maximum - running maximum) is below it.
-        backend: "reference" (plain PyTorch, any device); "auto" is the same.
+        backend: "reference" (plain PyTorch, any device), "triton" (blocks of up to 128 tokens) or
+            "auto", triton on CUDA for such blocks.
 
     Returns:
         out [B, H, Sq, D], lse [B, H, Sq], and the share of the tiles skipped, fp32 [B, H].
@@ -95,13 +97,27 @@ def filtered_attention(
             f"skip_below must be at most 0, got {skip_below.tolist()}; "
             "the tile that holds a query's maximum is never skipped"
         )
-    if backend not in ("auto", "reference"):
-        raise ValueError(
-            f"backend must be 'auto' or 'reference' with skip_below, got {backend!r}; use 'auto'"
-        )
-    from . import reference
-
-    return reference.filtered(q, k, v, blocks, skip_below, scale)
+    largest = max(blocks.q_block_size, blocks.kv_block_size)
+    if backend == "auto":
+        fits = q.device.type == "cuda" and largest <= _MAX_FILTERED_BLOCK
+        backend = "triton" if fits else "reference"
+    match backend:
+        case "reference":
+            from .reference import filtered
+        case "triton":
+            backend_for(backend, q, blocks)
+            if largest > _MAX_FILTERED_BLOCK:
+                raise ValueError(
+                    f"blocks must have at most {_MAX_FILTERED_BLOCK} tokens for backend 'triton' "
+                    f"with skip_below, got {largest}; use smaller blocks or backend='reference'"
+                )
+            from .triton import filtered
+        case _:
+            raise ValueError(
+                "backend must be 'auto', 'reference' or 'triton' with skip_below, "
+                f"got {backend!r}; use 'auto'"
+            )
+    return filtered(q, k, v, blocks, skip_below, scale)
 
 
 def backend_for(backend: str, q: Tensor, blocks: Blocks) -> str:

@@ -10,6 +10,7 @@ nothing else is rounded before the outputs. A program owns at most `own` rows of
 the other side's blocks `step` rows at a time; rows past the end of a block are masked. Blocks of up
 to 128 tokens are cut into a fixed number of tiles. Larger ones, and those whose size the host does
 not know, are cut by the tables of ragged.py: GROUP, 0 otherwise, is the length of their groups.
+FILTER makes the forward skip P V of tiles far below the running maximum, and count them.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import on_device
+from ..backend import on_device, unit_inner_stride
 from ..blocks import Blocks, head_stride
 from ..ragged import (
     MAX_BLOCK,
@@ -127,10 +128,10 @@ def _block_sparse_attention_fwd(
     stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os,
     num_heads, num_q, num_lists, list_stride, q_offsets_stride, kv_offsets_stride,
-    scale_log2,
+    scale_log2, skip_below_ptr, met_ptr, kept_ptr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PARTS_M: tl.constexpr, PARTS_N: tl.constexpr, EVEN_Q: tl.constexpr, EVEN_KV: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, FILTER: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     b, h = head // num_heads, head % num_heads
@@ -157,6 +158,10 @@ def _block_sparse_attention_fwd(
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)  # in units of log2
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    if FILTER:
+        skip_below = tl.load(skip_below_ptr + h) * _LOG2_E
+        met = tl.zeros([], tl.int32)
+        kept = tl.zeros([], tl.int32)
     for i in range(num_tiles):
         kv_start, in_kv = _other(
             indices_ptr, kv_offsets_ptr, i, column, BLOCK_N, PARTS_N, EVEN_KV, GROUP
@@ -175,10 +180,24 @@ def _block_sparse_attention_fwd(
         decay = tl.math.exp2(peak - base)
         total = total * decay + tl.sum(prob, 1)
         acc = acc * decay[:, None]
-        v = _load_rows(v_ptrs + _shift(kv_start, stride_vs, GROUP), in_kv, EVEN_KV)
-        acc = tl.dot(prob.to(v.dtype), v, acc, input_precision="ieee")
+        if FILTER:
+            local = tl.where(in_q, tl.max(logits, 1) * scale_log2, float("-inf"))
+            is_met = tl.max(local, 0) > float("-inf")
+            is_kept = tl.max(local - base, 0) >= skip_below
+            met += is_met.to(tl.int32)
+            kept += (is_met & is_kept).to(tl.int32)
+            if is_kept:
+                v = _load_rows(v_ptrs + _shift(kv_start, stride_vs, GROUP), in_kv, EVEN_KV)
+                acc = tl.dot(prob.to(v.dtype), v, acc, input_precision="ieee")
+        else:
+            v = _load_rows(v_ptrs + _shift(kv_start, stride_vs, GROUP), in_kv, EVEN_KV)
+            acc = tl.dot(prob.to(v.dtype), v, acc, input_precision="ieee")
         peak = new_peak
 
+    if FILTER:
+        program = head * tl.num_programs(0) + tl.program_id(0)
+        tl.store(met_ptr + program, met)
+        tl.store(kept_ptr + program, kept)
     total = tl.where(total == 0.0, 1.0, total)  # no key: out 0, and lse = peak = -inf
     out = acc / total[:, None]
     out_ptrs = out_ptr + b * stride_ob + h * stride_oh + q_start * stride_os
@@ -338,6 +357,7 @@ class _Tiles(NamedTuple):
 
 # By bytes per element. A tile of over 64 own rows takes 8 warps, a smaller one 4.
 _FWD = {2: _Tiles(128, 64, 3), 4: _Tiles(32, 32, 1)}
+_FILTERED_FWD = {2: _Tiles(64, 64, 3), 4: _Tiles(64, 64, 1)}  # what is skipped depends on them
 _BWD_DQ = {2: _Tiles(64, 64, 2), 4: _Tiles(32, 32, 1)}
 _BWD_DKV = {2: _Tiles(64, 64, 2), 4: _Tiles(32, 32, 1)}
 # For blocks of any size; of the stages one goes to the slots, which come before the rows.
@@ -452,8 +472,29 @@ def _forward(
         _block_sparse_attention_fwd[(plan.programs, q.shape[0] * q.shape[1])](
             q, k, v, out, lse, *plan.lists,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            *plan.counts, scale * _LOG2_E.value, **plan.meta,
+            *plan.counts, scale * _LOG2_E.value, None, None, None, **plan.meta, FILTER=False,
         )  # fmt: skip
+
+
+def filtered(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, skip_below: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out, lse and the share of tiles skipped, fp32 [B, H]; blocks of up to 128 tokens."""
+    q, k, v = (unit_inner_stride(x) for x in (q, k, v))
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    plan = _plan(q, k, blocks, _FILTERED_FWD, _RAGGED_FWD)
+    limit = skip_below.expand(q.shape[1]).contiguous()
+    counts = torch.empty(2, *q.shape[:2], plan.programs, dtype=torch.int32, device=q.device)
+    met, kept = counts.unbind()
+    with on_device(q.device):
+        _block_sparse_attention_fwd[(plan.programs, q.shape[0] * q.shape[1])](
+            q, k, v, out, lse, *plan.lists,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            *plan.counts, scale * _LOG2_E.value, limit, met, kept, **plan.meta, FILTER=True,
+        )  # fmt: skip
+    num_met = met.sum(-1)
+    return out, lse, (num_met - kept.sum(-1)) / num_met.clamp(min=1)
 
 
 def backward(

@@ -12,9 +12,9 @@ from gossamer.kernels.blocks import Blocks
 
 
 def problem(
-    seed: int = 0, q_block: int = 96, kv_block: int = 70, tokens: int = 300
+    q_block: int = 96, kv_block: int = 70, tokens: int = 300, device: str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor, Blocks]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(2, 3, tokens, 8, generator=generator, dtype=torch.float64) for _ in range(3)
     )
@@ -25,7 +25,8 @@ def problem(
     rows, columns = (len(x) - 1 for x in offsets)
     selected = torch.rand(2, 3, rows, columns, generator=generator) < 0.7
     selected[0, 0, 1] = False
-    return 4 * q, k, v, Blocks.from_selected(selected, *offsets, q_block, kv_block)
+    q, k, v, selected, *offsets = (x.to(device) for x in (4 * q, k, v, selected, *offsets))
+    return q, k, v, Blocks.from_selected(selected, *offsets, q_block, kv_block)
 
 
 def walk(
@@ -81,6 +82,28 @@ def test_it_equals_the_walk_over_tiles(limit: float, q_block: int, kv_block: int
             assert share[b, h].item() == pytest.approx(skipped / met)
 
 
+@pytest.mark.parametrize("limit", [-4.0, -1.0, 0.0])
+@pytest.mark.parametrize(("q_block", "kv_block"), [(96, 70), (64, 64), (16, 30)])
+def test_the_kernel_equals_the_reference(
+    device: str, limit: float, q_block: int, kv_block: int
+) -> None:
+    q, k, v, blocks = problem(q_block=q_block, kv_block=kv_block, tokens=192, device=device)
+    q, k, v = (torch.nn.functional.pad(x, (0, 8)).float() for x in (q, k, v))  # head dim 16
+    limits = torch.tensor([limit, 2 * limit, float("-inf")], device=device)
+    found = filtered_attention(q, k, v, blocks, limits, scale=8**-0.5, backend="triton")
+    expected = filtered_attention(q, k, v, blocks, limits, scale=8**-0.5, backend="reference")
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    assert limit == 0.0 or (found[2][:, 2] == 0).all()
+
+
+def test_blocks_over_128_tokens_are_refused_by_the_kernel(device: str) -> None:
+    q, k, v, blocks = problem(q_block=200, device=device)
+    q, k, v = (torch.nn.functional.pad(x, (0, 8)).float() for x in (q, k, v))
+    with pytest.raises(ValueError, match="at most 128 tokens"):
+        filtered_attention(q, k, v, blocks, torch.tensor([-1.0], device=device), backend="triton")
+
+
 def test_the_lse_is_that_of_the_unfiltered_attention_and_a_low_limit_skips_nothing() -> None:
     q, k, v, blocks = problem()
     out, lse = block_sparse_attention(q, k, v, blocks)
@@ -120,7 +143,8 @@ def test_more_is_skipped_at_a_higher_limit() -> None:
         (torch.tensor([-1.0, -2.0]), "auto", r"of shape \[1\] or \[3\]"),
         (torch.tensor([-1.0]).double(), "auto", "must be float32"),
         (torch.tensor([-1.0], device="meta"), "auto", "device cpu, got meta"),
-        (torch.tensor([-1.0]), "triton", "backend must be 'auto' or 'reference'"),
+        (torch.tensor([-1.0]), "hopper", "backend must be 'auto', 'reference' or 'triton'"),
+        (torch.tensor([-1.0]), "triton", "head dim must be one of"),
     ],
 )
 def test_wrong_arguments_are_refused(limit: Tensor, backend: str, said: str) -> None:
