@@ -78,7 +78,7 @@ class Linear(Fp32Module):
             return out
         left_out = (~blocks.selected()).float()
         if gate is not None:
-            left_out = left_out.scatter_add(-1, gate.column, -gate.value)
+            left_out = left_out.scatter_add(-1, gate.column, -gate.value.to(left_out.dtype))
         linear = linear_complement(q, k, v, left_out, blocks)
         with torch.autocast(q.device.type, enabled=False):
             return out + (linear @ self.projection.to(linear.dtype)).to(out.dtype)

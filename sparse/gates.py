@@ -26,8 +26,8 @@ class Band:
     column: Tensor  # int64 [B, H, Nq, 2 M], kv blocks
     score: Tensor  # fp32, theirs
     area: Tensor  # fp32, their share of all real token pairs
-    valid: Tensor  # bool, whether the side has so many blocks and the block is not kept as text
-    count: Tensor  # int64 [B, H, Nq], selected blocks of the row
+    valid: Tensor  # bool, whether the side has so many blocks, and score and budget decide on this
+    count: Tensor  # int64 [B, H, Nq], blocks that the budget selects in the row
 
     @property
     def side(self) -> int:
@@ -58,15 +58,27 @@ class Gated(Protocol):
 @torch.no_grad()
 def find_band(scores: BlockScores, mask: BlockMask, side: int) -> Band:
     """Return up to `side` blocks on each side of the threshold of each row of a policy's mask."""
-    score, selected = scores.score.float(), mask.selected
+    score, selected, forced = scores.score.float(), mask.selected, scores.forced
     side = min(side, score.shape[-1])
-    last = torch.where(selected, -score, -torch.inf).topk(side, dim=-1)
+    free = selected if forced is None else selected & ~forced
+    last = torch.where(free, -score, -torch.inf).topk(side, dim=-1)
     first = torch.where(selected, -torch.inf, score).topk(side, dim=-1)
     column = torch.cat([last.indices, first.indices], -1)
     q_text, kv_text = mask.q_layout.text, mask.kv_layout.text
     valid = torch.cat([last.values, first.values], -1) > -torch.inf
     if q_text is not None and kv_text is not None:
         valid = valid & ~kv_text[column] & ~q_text[:, None]
-    q_sizes, kv_sizes = (x.sizes.float() for x in (mask.q_layout, mask.kv_layout))
-    area = q_sizes[:, None] / q_sizes.sum() * kv_sizes[column] / kv_sizes.sum()
-    return Band(column, score.gather(-1, column), area, valid, selected.sum(-1))
+    count = selected.sum(-1)
+    if forced is not None:  # of the prefix that ends with the last free block
+        count = (score >= -last.values[..., :1]).sum(-1)
+    q_share, kv_share = (
+        x.sizes / x.sizes.sum(-1, keepdim=True) for x in (scores.q_layout, scores.kv_layout)
+    )
+    area = q_share[..., None] * of_column(kv_share, column)
+    return Band(column, score.gather(-1, column), area, valid, count)
+
+
+def of_column(x: Tensor, column: Tensor) -> Tensor:
+    """Return the values of kv blocks, x [Nk] or [B, H, Nk], at column [B, H, Nq, M]."""
+    *rows, _ = column.shape
+    return x[..., None, :].expand(*rows, x.shape[-1]).gather(-1, column)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..blocks import Blocks
-from ..check import check_attention, check_shared_offsets
+from ..check import check_attention
 
 
 def block_gate(
@@ -44,8 +44,7 @@ def block_gate(
         ValueError: naming field, value, allowed values and the fix, before any work.
     """
     scale = check_attention(q, k, v, blocks, scale)
-    check_shared_offsets(blocks)
-    rows = (*q.shape[:2], blocks.q_offsets.numel() - 1)
+    rows = (*q.shape[:2], blocks.q_offsets.shape[-1] - 1)
     if column.shape[:3] != rows or column.ndim != 4 or column.dtype != torch.int64:
         raise ValueError(
             f"column must be int64 {[*rows, 'M']}, got {column.dtype} {list(column.shape)}; "

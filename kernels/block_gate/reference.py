@@ -37,7 +37,7 @@ def gate_gradient(
         if centroids:
             size = blocks.kv_block_size
             k_mean, v_mean = (block_mean(x, blocks.kv_offsets, size) for x in (k, v))
-            log_size = blocks.kv_offsets.diff().to(dtype).log().expand(*q.shape[:2], -1)
+            log_size = _of_heads(blocks.kv_offsets, q).diff().to(dtype).log()
             if column_gate is not None:
                 log_size = log_size + column_gate.to(dtype)[:, None]
             means = k_mean, v_mean, log_size
@@ -48,7 +48,7 @@ def gate_gradient(
         step = max(1, limit // per_row)
         found = []
         for first in range(0, column.shape[2], step):
-            rows = slice(first, first + step)
+            rows = slice(first, min(first + step, column.shape[2]))
             found.append(_rows(q, k, v, grad, delta, lse, column, blocks, means, scale, rows))
         return torch.cat(found, 2)
 
@@ -68,17 +68,19 @@ def _rows(
 ) -> Tensor:
     column = column[:, :, rows]  # [B, H, R, M]
     dtype = delta.dtype
-    query, no_query = _tokens(blocks.q_offsets, blocks.q_block_size)
-    query, no_query = query[rows], no_query[rows]  # [R, m]
-    key, no_key = _tokens(blocks.kv_offsets, blocks.kv_block_size)
-    key, no_key = key[column], no_key[column]  # [B, H, R, M, n]
-    q, grad = (x[:, :, query.clamp(max=q.shape[2] - 1)].to(dtype) for x in (q, grad))
-    lse, delta = (x[:, :, query.clamp(max=x.shape[2] - 1)][:, :, :, None] for x in (lse, delta))
-    blind = no_query[:, None] | (lse == -torch.inf)  # [B, H, R, 1, m]
     batch = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
     head = torch.arange(q.shape[1], device=q.device)[:, None, None]
-    token = key.clamp(max=k.shape[2] - 1)
-    k, v = (x[batch[..., None], head[..., None], token].to(dtype) for x in (k, v))
+    query, no_query = _tokens(
+        _of_heads(blocks.q_offsets, q)[:, :, rows.start : rows.stop + 1], blocks.q_block_size
+    )  # [B, H, R, m]
+    at = batch, head, query.clamp(max=q.shape[2] - 1)
+    q, grad, lse, delta = q[at].to(dtype), grad[at].to(dtype), lse[at], delta[at]
+    lse, delta = lse[:, :, :, None], delta[:, :, :, None]  # [B, H, R, 1, m]
+    blind = no_query[:, :, :, None] | (lse == -torch.inf)
+    key, no_key = _tokens(_of_heads(blocks.kv_offsets, k), blocks.kv_block_size)
+    key, no_key = key[batch, head, column], no_key[batch, head, column]  # [B, H, R, M, n]
+    token = batch[..., None], head[..., None], key.clamp(max=k.shape[2] - 1)
+    k, v = k[token].to(dtype), v[token].to(dtype)
 
     def share(logit: Tensor, value: Tensor, shift: Tensor) -> Tensor:
         """Return e^(logit - lse) (value - delta) for [..., m, n], 0 for queries of no block."""
@@ -95,7 +97,12 @@ def _rows(
     return found - share(logit, grad @ v_mean[..., None], lse).sum((-1, -2))
 
 
+def _of_heads(offsets: Tensor, x: Tensor) -> Tensor:
+    """Return offsets [N + 1] or [B, H, N + 1] as [B, H, N + 1] of x [B, H, S, D]."""
+    return offsets.expand(*x.shape[:2], -1)
+
+
 def _tokens(offsets: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Return the tokens of each block, padded, and which are padding, both [N, block_size]."""
-    token = offsets[:-1, None].long() + torch.arange(block_size, device=offsets.device)
-    return token, token >= offsets[1:, None]
+    """Return the tokens of each block, padded, and which are padding, [B, H, N, block_size]."""
+    token = offsets[..., :-1, None].long() + torch.arange(block_size, device=offsets.device)
+    return token, token >= offsets[..., 1:, None]

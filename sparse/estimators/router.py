@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gossamer.kernels.block_pool.op import block_mean, block_mean_pair
 from gossamer.kernels.block_score.op import block_score
 from gossamer.sparse.fp32 import Fp32Module
-from gossamer.sparse.gates import Band
+from gossamer.sparse.gates import Band, of_column
 from gossamer.sparse.layout import BlockLayout
 from gossamer.sparse.mask import BlockMask, BlockScores
 
@@ -69,7 +69,7 @@ class Router(Fp32Module):
         with torch.autocast(q.device.type, enabled=False):
             logit = (near @ q_mean[..., None])[..., 0] * q.shape[-1] ** -0.5
         with torch.no_grad():
-            log_size = mask.kv_layout.sizes.float().log()[band.column]
+            log_size = of_column(mask.kv_layout.sizes.float().log(), band.column)
             soft = _soft_top_k((logit + log_size) / self.temperature, band)
             weight = soft * (1 - soft)  # the slope of the sigmoid
             weight_sum = weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)

@@ -104,6 +104,36 @@ def test_the_gradient_is_the_slope_of_blended_attention(centroids: bool, seed: i
 
 
 @pytest.mark.parametrize("centroids", [False, True])
+def test_each_head_may_have_blocks_of_its_own(centroids: bool) -> None:
+    x = problem()
+    other = torch.tensor([[0, 1, 4, 4, 9, 10, 12], [0, 3, 5, 8, 8, 11, 12]]).int()
+    offsets = torch.stack([other, other.flip(0)])  # [B, H, Nk + 1]
+
+    def gradient(at: tuple[slice, slice], kv_offsets: Tensor) -> Tensor:
+        blocks = Blocks.from_selected(
+            x["selected"][at], blocks_of(x["selected"]).q_offsets, kv_offsets, 4, 5
+        )
+        q, k, v, grad = (x[name][at] for name in ("q", "k", "v", "grad"))
+        log_gate = x["log_gate"][at[1]] if centroids else None
+        if centroids:
+            out, lse = compensated_attention(q, k, v, blocks, gate=log_gate)
+        else:
+            out, lse = block_sparse_attention(q, k, v, blocks)
+        column = torch.arange(len(KV_SIZES)).expand(x["selected"][at].shape).contiguous()
+        gate = torch.zeros(column.shape, dtype=torch.float64, requires_grad=True)
+        same = block_gate(
+            out, lse, q, k, v, gate, column, blocks, centroids=centroids, column_gate=log_gate
+        )
+        return torch.autograd.grad((same * grad).sum(), gate)[0]
+
+    together = gradient((slice(None), slice(None)), offsets)
+    for b in range(2):
+        for h in range(HEADS):
+            alone = gradient((slice(b, b + 1), slice(h, h + 1)), offsets[b, h])
+            torch.testing.assert_close(together[b : b + 1, h : h + 1], alone)
+
+
+@pytest.mark.parametrize("centroids", [False, True])
 def test_pieces_give_the_same_as_the_whole(
     centroids: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from gossamer.sparse.compensation import Centroid, Drop, GatedCentroid, Linear
 from gossamer.sparse.estimators.mean_pool import MeanPool
 from gossamer.sparse.estimators.router import Router
 from gossamer.sparse.gates import find_band
-from gossamer.sparse.layout import RowMajor, Tiles, TokenGrid
+from gossamer.sparse.layout import BlockLayout, RowMajor, Tiles, TokenGrid
 from gossamer.sparse.mask import BlockMask, BlockScores
 from gossamer.sparse.policies import Hybrid, TrainedHybrid
 
@@ -49,6 +49,11 @@ def in_double(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         parameter.data = parameter.data.double()
     return module
+
+
+def in_float(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data.float()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -176,6 +181,58 @@ def test_text_blocks_and_missing_neighbours_are_not_valid() -> None:
     assert band.valid[0, 0].tolist() == [[True, False]] * 4 + [[False, False]]
     everything = find_band(scores, Hybrid(k=1.0)(scores), 1)
     assert everything.valid[0, 0, 0].tolist() == [True, False]
+
+
+def test_forced_blocks_are_beside_the_budget() -> None:
+    layout = RowMajor(q_block=4, kv_block=4).build(TokenGrid(1, 1, 20))[0]
+    score = torch.tensor([0.3, 0.15, 0.25, 0.1, 0.2]).expand(1, 1, 5, 5)
+    forced = torch.zeros_like(score, dtype=torch.bool)
+    forced[..., 3], forced[0, 0, 1, 2] = True, True  # one beyond the budget, in a row one within
+    scores = BlockScores(layout, layout, score, forced)
+    band = find_band(scores, Hybrid(k=0.4)(scores), 1)
+    assert band.column[0, 0].tolist() == [[2, 4], [0, 4], [2, 4], [2, 4], [2, 4]]
+    assert band.valid.all() and band.count[0, 0].tolist() == [2, 1, 2, 2, 2]
+
+
+def test_heads_with_blocks_of_their_own_are_as_each_alone() -> None:
+    """Clusters: offsets [B, H, N + 1]."""
+    generator = torch.Generator().manual_seed(0)
+    cuts = torch.stack([torch.randperm(59, generator=generator)[:7] + 1 for _ in range(6)])
+    ends = torch.tensor([[0, 60]]).expand(6, 2)
+    offsets = torch.cat([ends, cuts], 1).sort(1)[0].view(2, HEADS, 9).int()
+    x = [t.requires_grad_() for t in qkv()]
+    parts = TRAINED["linear with budgets"] | {"estimator": Router(temperature=1.0, side=2)}
+
+    class Cuts:
+        block_shape = (60, 60)
+
+        def __init__(self, offsets: Tensor) -> None:
+            self.offsets = offsets
+
+        def __call__(self, *_: Any) -> tuple[BlockLayout, BlockLayout]:
+            q_offsets = torch.arange(0, 61, 10).int()
+            return BlockLayout(q_offsets, 10), BlockLayout(self.offsets, 60)
+
+    def gradients(offsets: Tensor, b: slice, h: slice) -> tuple[Tensor, Tensor, Tensor]:
+        method = SparseMethod(layout=Cuts(offsets), **{**UNTRAINED, **parts})
+        heads = len(range(*h.indices(HEADS)))
+        trained = in_double(SparseAttention(method, heads, DIM))
+        in_float(trained.policy)
+        nn.init.eye_(trained.compensation.projection)
+        out = trained(*(t[b, h] for t in x), GRID, T)
+        (out * qkv(1)[0][b, h]).sum().backward()
+        k_shift, q_change = trained.policy.k_shift.grad, trained.estimator.q_change.grad
+        p_shift = trained.policy.p_shift.grad
+        return out, torch.stack([k_shift, p_shift]), q_change
+
+    everything = slice(None)
+    out, budgets, change = gradients(offsets, everything, everything)
+    for h in range(HEADS):
+        alone = [gradients(offsets[b, h], slice(b, b + 1), slice(h, h + 1)) for b in range(2)]
+        torch.testing.assert_close(out[:, h : h + 1], torch.cat([a[0] for a in alone]))
+        torch.testing.assert_close(budgets[:, h : h + 1], alone[0][1] + alone[1][1])
+        expected = alone[0][2] + alone[1][2]
+        torch.testing.assert_close(change[h : h + 1], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_shifts_move_the_odds_and_leave_shares_of_zero_and_one() -> None:
