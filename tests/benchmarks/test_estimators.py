@@ -40,7 +40,7 @@ def test_errors_are_those_of_the_attention_itself(compensation):
     mask = Hybrid(k=0.3)(MeanPool()(q, k, v, *parts))
     found = errors_of(q, k, v, mask, compensated=isinstance(compensation, Centroid))
     exact = F.scaled_dot_product_attention(q, k, v)
-    change = compensation(q, k, v, mask.blocks, "reference") - exact
+    change = compensation(q, k, v, mask.blocks, "reference", None) - exact
     expected = change.square().sum((0, 2, 3)) / exact.square().sum((0, 2, 3))
     torch.testing.assert_close(found.output, expected, rtol=1e-3, atol=1e-7)
 
@@ -55,7 +55,7 @@ def test_the_true_error_of_a_block_is_that_of_leaving_only_it_out():
         selected[..., column] = False
         mask = Hybrid(k=1.0)(scores)
         mask = type(mask)(*parts, selected)
-        change = (Centroid()(q, k, v, mask.blocks, "reference") - exact).square().sum(-1)[0]
+        change = (Centroid()(q, k, v, mask.blocks, "reference", None) - exact).square().sum(-1)[0]
         for h in range(2):
             rows = torch.stack([x.mean() for x in change[h].split(sizes[h].tolist())])
             found = (scores.score * scores.error[..., None])[0, h, :, column]

@@ -218,4 +218,4 @@ def test_more_clusters_than_tokens_are_refused():
 def test_a_grid_of_another_length_is_refused():
     q, k, _ = qkv()
     with pytest.raises(ValueError, match="24 tokens but q has 72"):
-        SemanticClusters()(q, k, TokenGrid(1, 4, 6))
+        SemanticClusters()(q, k, k, TokenGrid(1, 4, 6))

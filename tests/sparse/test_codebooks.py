@@ -73,7 +73,7 @@ class _MapAsMass(MeanPool):
 
     def __call__(self, *arguments):
         scores = super().__call__(*arguments)
-        return type(scores)(scores.q_layout, scores.kv_layout, scores.score, scores.score)
+        return type(scores)(scores.q_layout, scores.kv_layout, scores.score, mass=scores.score)
 
 
 def test_without_a_branch_nothing_is_carried():

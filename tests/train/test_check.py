@@ -85,10 +85,7 @@ def test_cuda_is_refused_where_there_is_none() -> None:
         (["data.source=nowhere.mp4"], "data.source=nowhere.mp4"),
         (["data.holdout=0"], "data.holdout=0: allowed is above 0"),
         (["batch_size=2", "grad_accumulation=3"], "batch_size=2: allowed is a multiple of 3"),
-        (
-            ["layout.block=[4,8,8]", "backend=triton", "sparsity=0.5"],
-            "q_block_size must be 1 to 128",
-        ),
+        (["backend=hopper"], "for backend 'hopper'; use backend='triton' or 'auto'"),
     ],
 )
 def test_a_run_that_cannot_work_is_refused(overrides: list[str], said: str, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def refused(launcher: Any, overrides: list[str], **options: Any) -> str:
         ({"sparsity": -0.1}, ["sparsity=-0.1: allowed is a number in [0, 1)"]),
         ({"sparsity": "nan"}, ["sparsity=nan: allowed is a number in [0, 1)"]),
         ({"sparsity": 0.99}, ["at most 0.9688", "make the layout's blocks smaller"]),
-        ({**BACKEND, **ROWS, "layout__q_block": 256}, ["q_block_size must be 1 to 128", "got 256"]),
+        ({"backend": "hopper"}, ["for backend 'hopper'", "use backend='triton' or 'auto'"]),
         ({"layout__block": [0, 2, 2]}, ["block=0", "at least 1"]),
         ({"layout__block": [2, 2]}, ["[frames, height, width]"]),
         ({"device": "cuda"}, ["device=cuda: allowed is cpu or auto", "no CUDA device"]),
