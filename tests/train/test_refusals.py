@@ -11,7 +11,6 @@ from gossamer.train.checkpoint import RunLock
 
 SECONDS = 10
 BACKEND = {"backend": "triton"}
-ROWS = {"layout": "row_major", "layout__block": None, "layout__kv_block": 16}
 INTERPRET = {"TRITON_INTERPRET": "1"}
 NATIVE = {"TRITON_INTERPRET": "0"}
 BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
