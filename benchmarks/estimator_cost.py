@@ -23,13 +23,13 @@ from gossamer.benchmarks.table import environment
 from gossamer.benchmarks.timing import CudaStopwatch
 from gossamer.kernels.dense_attention.op import dense_attention
 from gossamer.sparse.attention import MaskEstimator
-from gossamer.sparse.clusters import Clusters, Codebook, SemanticClusters, SortedClusters
 from gossamer.sparse.compensation import Centroid, Drop
 from gossamer.sparse.error_budget import ErrorBudget
 from gossamer.sparse.estimators.error_aware import ErrorAware
 from gossamer.sparse.estimators.head_pattern import HeadPattern
 from gossamer.sparse.estimators.mean_pool import MeanPool
 from gossamer.sparse.layout import BlockLayout, Layout, RowMajor, TokenGrid, permute_qkv
+from gossamer.sparse.layouts.clusters import Clusters, Codebook, SemanticClusters, SortedClusters
 from gossamer.sparse.layouts.head_pattern import HeadPattern as HeadPatternLayout
 from gossamer.sparse.mask import BlockMask
 from gossamer.sparse.policies import Hybrid

@@ -30,12 +30,12 @@ from gossamer.benchmarks.attention_error import (
 )
 from gossamer.benchmarks.estimators_report import markdown, plot
 from gossamer.benchmarks.tensors import Problem, captured, synthetic
-from gossamer.sparse.clusters import SemanticClusters, SortedClusters
 from gossamer.sparse.error_budget import ErrorBudget
 from gossamer.sparse.estimators.error_aware import ErrorAware
 from gossamer.sparse.estimators.mean_pool import MeanPool
 from gossamer.sparse.estimators.oracle import Oracle
 from gossamer.sparse.layout import Layout, Tiles, permute_qkv
+from gossamer.sparse.layouts.clusters import SemanticClusters, SortedClusters
 from gossamer.sparse.mask import BlockMask, BlockScores
 from gossamer.sparse.policies import Hybrid
 from gossamer.train.files import write_atomic

@@ -11,6 +11,7 @@ import torch
 
 MIN_REPEATS = 5
 MIN_MS = 80.0
+MAX_REPEATS = 1000
 _WARM_UP_MS = 15.0
 _FLUSH_BYTES = 256 << 20  # five times the L2 of an H100
 _FLUSH_MS = 0.08  # at the least, on an H100
@@ -31,7 +32,7 @@ class Stopwatch(Protocol):
         """Count memory from here: what is allocated now are the inputs."""
 
     def time(self, run: Callable[[], object]) -> Timing:
-        """Time runs until there are MIN_REPEATS of them and they took MIN_MS."""
+        """Time runs until there are MIN_REPEATS and they took MIN_MS, or are MAX_REPEATS."""
 
 
 class CudaStopwatch:
@@ -56,11 +57,12 @@ class CudaStopwatch:
         flushes = 1 + math.ceil(2 * host_ms / _FLUSH_MS)
         (estimate,) = self._times(run, 1, flushes)
         peak = torch.cuda.max_memory_allocated() - self._inputs
-        self._times(run, int(_WARM_UP_MS / estimate), flushes)
+        self._times(run, min(int(_WARM_UP_MS / estimate), MAX_REPEATS), flushes)
         times: list[float] = []
-        while len(times) < MIN_REPEATS or sum(times) < MIN_MS:
+        while len(times) < MIN_REPEATS or (sum(times) < MIN_MS and len(times) < MAX_REPEATS):
             missing = math.ceil((MIN_MS - sum(times)) / estimate)
-            times += self._times(run, max(missing, MIN_REPEATS - len(times), 1), flushes)
+            repeats = max(min(missing, MAX_REPEATS - len(times)), MIN_REPEATS - len(times), 1)
+            times += self._times(run, repeats, flushes)
         return summarise(times, peak, host_ms)
 
     def _host_ms(self, run: Callable[[], object]) -> float:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from gossamer.kernels.block_sparse_attention.op import backend_for, choose_backend
 from gossamer.kernels.blocks import Blocks
 from gossamer.kernels.dense_attention.op import dense_attention
-from gossamer.sparse.clusters import Clusters
 from gossamer.sparse.codebooks import Codebooks
 from gossamer.sparse.gates import Band, Gate, Gated, find_band
 from gossamer.sparse.layout import BlockLayout, Layout, TokenGrid, permute_qkv
+from gossamer.sparse.layouts.clusters import Clusters
 from gossamer.sparse.mask import BlockMask, BlockScores, keep_text
 from gossamer.sparse.policies import Hybrid
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gossamer.sparse.clusters import Clusters, Codebook
 from gossamer.sparse.layout import BlockLayout, TokenGrid
+from gossamer.sparse.layouts.clusters import Clusters, Codebook
 from gossamer.sparse.mask import BlockMask, BlockScores
 
 

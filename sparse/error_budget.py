@@ -71,7 +71,10 @@ class ErrorBudget(Hybrid):
             cost.masked_fill(sure, 0).flatten(first),
             spare,
         )
-        return BlockMask(scores.q_layout, scores.kv_layout, chosen.view_as(sure) | sure)
+        chosen = chosen.view_as(sure) | sure
+        if scores.forced is not None:
+            chosen = chosen | scores.forced
+        return BlockMask(scores.q_layout, scores.kv_layout, chosen)
 
 
 def _most(gain: Tensor, cost: Tensor, budget: Tensor) -> Tensor:

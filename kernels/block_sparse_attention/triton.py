@@ -183,7 +183,9 @@ def _block_sparse_attention_fwd(
         if FILTER:
             local = tl.where(in_q, tl.max(logits, 1) * scale_log2, float("-inf"))
             is_met = tl.max(local, 0) > float("-inf")
-            is_kept = tl.max(local - base, 0) >= skip_below
+            # A fused multiply-add would give the maximum itself a gap of a rounding error.
+            gap = tl.where(local >= base, 0.0, local - base)
+            is_kept = tl.max(gap, 0) >= skip_below
             met += is_met.to(tl.int32)
             kept += (is_met & is_kept).to(tl.int32)
             if is_kept:

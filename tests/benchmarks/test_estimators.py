@@ -6,12 +6,12 @@ import torch.nn.functional as F
 
 from gossamer.benchmarks.attention_error import TrueErrors, errors_of, rank_correlation
 from gossamer.benchmarks.estimators import by_p
-from gossamer.sparse.clusters import SemanticClusters
 from gossamer.sparse.compensation import Centroid, Drop
 from gossamer.sparse.error_budget import ErrorBudget
 from gossamer.sparse.estimators.error_aware import ErrorAware
 from gossamer.sparse.estimators.mean_pool import MeanPool
 from gossamer.sparse.layout import TokenGrid, permute_qkv
+from gossamer.sparse.layouts.clusters import SemanticClusters
 from gossamer.sparse.policies import Hybrid
 
 GRID = TokenGrid(4, 8, 8)

@@ -7,10 +7,10 @@ import torch
 
 from gossamer.sparse.attach import attach, attentions, detach
 from gossamer.sparse.attention import SparseMethod
-from gossamer.sparse.clusters import SemanticClusters
 from gossamer.sparse.compensation import Centroid
 from gossamer.sparse.error_budget import ErrorBudget
 from gossamer.sparse.estimators.error_aware import ErrorAware
+from gossamer.sparse.layouts.clusters import SemanticClusters
 
 diffusers = pytest.importorskip("diffusers")
 

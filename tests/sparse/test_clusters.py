@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from gossamer.sparse.attention import SparseAttention, SparseMethod
-from gossamer.sparse.clusters import SemanticClusters, SortedClusters, along_component
 from gossamer.sparse.compensation import Centroid, Drop
 from gossamer.sparse.error_budget import ErrorBudget
 from gossamer.sparse.estimators.error_aware import ErrorAware
 from gossamer.sparse.estimators.mean_pool import MeanPool
 from gossamer.sparse.layout import TokenGrid
+from gossamer.sparse.layouts.clusters import SemanticClusters, SortedClusters, along_component
 from gossamer.sparse.policies import Hybrid
 
 GRID = TokenGrid(3, 4, 6)

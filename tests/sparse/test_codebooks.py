@@ -5,13 +5,13 @@ import torch
 
 from gossamer.kernels.kmeans.op import kmeans
 from gossamer.sparse.attention import SparseAttention, SparseMethod
-from gossamer.sparse.clusters import SemanticClusters, SortedClusters
 from gossamer.sparse.codebooks import HostScalar, probe_error
 from gossamer.sparse.compensation import Centroid
 from gossamer.sparse.error_budget import ErrorBudget
 from gossamer.sparse.estimators.error_aware import ErrorAware
 from gossamer.sparse.estimators.mean_pool import MeanPool
 from gossamer.sparse.layout import TokenGrid
+from gossamer.sparse.layouts.clusters import SemanticClusters, SortedClusters
 
 GRID = TokenGrid(4, 4, 8)
 T = torch.ones(1)

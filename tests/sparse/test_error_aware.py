@@ -7,11 +7,11 @@ import torch
 
 from gossamer.kernels.block_select.op import hybrid_select
 from gossamer.sparse.bound import map_error
-from gossamer.sparse.clusters import SemanticClusters
 from gossamer.sparse.error_budget import ErrorBudget
 from gossamer.sparse.estimators.error_aware import ErrorAware
 from gossamer.sparse.estimators.mean_pool import MeanPool
 from gossamer.sparse.layout import BlockLayout, RowMajor, TokenGrid
+from gossamer.sparse.layouts.clusters import SemanticClusters
 from gossamer.sparse.mask import BlockMask, BlockScores
 from gossamer.sparse.policies import Hybrid
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gossamer.kernels.kmeans.op import cluster_order, kmeans
-from gossamer.sparse.layout import BlockLayout, RowMajor, TokenGrid
+from gossamer.sparse.layout import BlockLayout, RowMajor, TokenGrid, check_grid, positive
 
 _TOKENS_PER_Q, _TOKENS_PER_KV = 256, 64
 _TEXT_BLOCK = 128  # tokens of a block of text
@@ -66,10 +66,10 @@ class Clusters:
         estimator error_aware) is at most 1 + keep_until times that at the clustering. The error
         that decides is the previous step's: no step waits for the GPU.
         """
-        self.num_q = None if num_q is None else _at_least_1("num_q", num_q)
-        self.num_kv = None if num_kv is None else _at_least_1("num_kv", num_kv)
-        self.iterations = _at_least_1("iterations", iterations)
-        self.cold_iterations = _at_least_1("cold_iterations", cold_iterations)
+        self.num_q = None if num_q is None else positive("num_q", num_q)
+        self.num_kv = None if num_kv is None else positive("num_kv", num_kv)
+        self.iterations = positive("iterations", iterations)
+        self.cold_iterations = positive("cold_iterations", cold_iterations)
         if keep_until is not None and not keep_until >= 0:
             raise ValueError(
                 f"keep_until={keep_until}: allowed is a growth of at least 0; e.g. keep_until=0.2"
@@ -100,11 +100,7 @@ class Clusters:
         self, q: Tensor, k: Tensor, grid: TokenGrid, previous: Codebook | None
     ) -> Clustering:
         """Return the layouts of q, k [B, H, S, D] and the codebook, starting from the previous."""
-        if q.shape[2] != grid.num_tokens:
-            raise ValueError(
-                f"grid={grid}: it has {grid.num_tokens} tokens but q has {q.shape[2]}; "
-                "pass the grid of the model's own latents"
-            )
+        check_grid(grid, q)
         video = slice(grid.text_before, grid.text_before + grid.num_video)
         starts = (None, None) if previous is None else (previous.q, previous.k)
         iterations = self.cold_iterations if previous is None else self.iterations
@@ -239,9 +235,3 @@ def _with_text(order: Tensor, grid: TokenGrid) -> Tensor:
 def _text_sizes(tokens: int) -> list[int]:
     full, rest = divmod(tokens, _TEXT_BLOCK)
     return [_TEXT_BLOCK] * full + [rest] * (rest > 0)
-
-
-def _at_least_1(field: str, value: int) -> int:
-    if int(value) != value or value < 1:
-        raise ValueError(f"{field}={value}: allowed is an integer of at least 1; e.g. {field}=100")
-    return int(value)
