@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,6 +65,7 @@ def detach(target: Any) -> Any:
         raise ValueError("transformer: it has no gossamer attention; call attach first")
     record: Attachment = model.__dict__.pop(_RECORD)
     record.handle.remove()
+    model.__dict__.pop("cache_context", None)
     for name, original in record.originals.items():
         layer = model.get_submodule(name)
         layer._modules.pop("processor", None)
@@ -225,6 +226,26 @@ def _install(model: nn.Module, make: Callable[[int, int], nn.Module]) -> None:
         layer.processor = family.Processor(made[name], context)
     handle = _fill_before_forward(model, family)
     model.__dict__[_RECORD] = Attachment(context, originals, handle, made)
+    if hasattr(model, "cache_context"):
+        model.__dict__["cache_context"] = MethodType(_denoising_call, model)
+
+
+@contextmanager
+def _denoising_call(model: nn.Module, name: str, **kwargs: Any) -> Iterator[None]:
+    """Do what diffusers' cache_context does, and note the guidance branch of the call.
+
+    Pipelines name their calls so ("cond", "uncond") and count the steps. Clusters are carried from
+    step to step of a branch, and forgotten at its first.
+    """
+    record: Attachment = model.__dict__[_RECORD]
+    step = kwargs.get("step_index")
+    record.context.branch = None if step is None else name
+    record.context.is_first = step == 0
+    try:
+        with type(model).cache_context(model, name, **kwargs):  # type: ignore[attr-defined]
+            yield
+    finally:
+        record.context.branch = None
 
 
 def _fill_before_forward(model: nn.Module, family: ModuleType) -> RemovableHandle:
@@ -237,6 +258,6 @@ def _fill_before_forward(model: nn.Module, family: ModuleType) -> RemovableHandl
         record.context.timestep = call["timestep"]
         for attention in record.attentions.values():
             if isinstance(attention, SparseAttention):
-                attention.reset()
+                attention.reset(record.context.branch, is_first=record.context.is_first)
 
     return model.register_forward_pre_hook(fill, with_kwargs=True)

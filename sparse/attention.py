@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from gossamer.kernels.block_sparse_attention.op import backend_for, choose_backend
 from gossamer.kernels.blocks import Blocks
 from gossamer.kernels.dense_attention.op import dense_attention
+from gossamer.sparse.codebooks import Codebooks
 from gossamer.sparse.gates import Band, Gate, Gated, find_band
 from gossamer.sparse.layout import BlockLayout, Layout, TokenGrid, permute_qkv
+from gossamer.sparse.layouts.clusters import Clusters
 from gossamer.sparse.mask import BlockMask, BlockScores, keep_text
 from gossamer.sparse.policies import Hybrid
 
@@ -68,6 +70,7 @@ class SparseAttention(nn.Module):
 
     The mask is computed once per forward of the transformer and kept, so that the recompute of
     gradient checkpointing uses the same one; `reset` (called before each forward) drops it.
+    Clusters go on from the previous step of the same guidance branch, if `reset` names one.
     Parts of the method that hold parameters are copied for the layer. Those that learn get the
     gate gradient of the `band` of blocks around each row's threshold, which is kept likewise.
     """
@@ -81,6 +84,8 @@ class SparseAttention(nn.Module):
         self.backend = method.backend
         self.mask: BlockMask | None = None
         self.band: Band | None = None
+        layout = self.layout
+        self.codebooks = Codebooks(layout) if isinstance(layout, Clusters) else None
 
     @property
     def learning(self) -> list[Gated]:
@@ -91,13 +96,21 @@ class SparseAttention(nn.Module):
             if isinstance(part, Gated) and any(p.requires_grad for p in part.parameters())
         ]
 
-    def reset(self) -> None:
+    def reset(self, branch: str | None = None, *, is_first: bool = False) -> None:
+        """Drop the mask; the next forward is a step of the guidance branch, or of none."""
         self.mask = self.band = None
+        if self.codebooks is not None:
+            self.codebooks.start(branch, is_first)
+
+    def reset_codebook(self) -> None:
+        """Forget the clusters of all branches: a run over another prompt begins."""
+        if self.codebooks is not None:
+            self.codebooks.reset()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, timestep: Tensor) -> Tensor:
         """Return attention of q, k, v [B, H, S, D] in sequence order; timestep [B]."""
         if self.mask is None:
-            q_layout, kv_layout = self.layout(q, k, v, grid)
+            q_layout, kv_layout = (self.codebooks or self.layout)(q, k, v, grid)
         else:
             q_layout, kv_layout = self.mask.q_layout, self.mask.kv_layout
         q, k, v = permute_qkv(q_layout, kv_layout, q, k, v)
@@ -126,6 +139,8 @@ class SparseAttention(nn.Module):
         if self.learning and (self.training or torch.is_grad_enabled()):
             self.band = find_band(scores, chosen, max(part.side for part in self.learning))
         self.mask = keep_text(chosen)
+        if self.codebooks is not None:
+            self.codebooks.observe(scores, self.mask, v)
 
     def _gate(self, q: Tensor, k: Tensor, mask: BlockMask) -> Gate | None:
         if self.band is None:
@@ -137,12 +152,13 @@ class SparseAttention(nn.Module):
 def check_backend(
     method: SparseMethod, *, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> str:
-    """Return the backend that the method takes for such tensors in blocks of one size.
+    """Return the backend that the method takes for such tensors, in the blocks of its layout.
 
     Raises:
         ValueError: if the method names a backend that cannot run them.
     """
-    q_block, kv_block = method.layout.block_shape
+    shape = method.layout.block_shape
+    q_block, kv_block = shape or (1, 1)
     return choose_backend(
         method.backend,
         head_dim=head_dim,
@@ -150,7 +166,7 @@ def check_backend(
         device=device,
         q_block_size=q_block,
         kv_block_size=kv_block,
-        is_uniform=True,
+        is_uniform=shape is not None,
     )
 
 

@@ -68,5 +68,7 @@ def find_band(scores: BlockScores, mask: BlockMask, side: int) -> Band:
     if q_text is not None and kv_text is not None:
         valid = valid & ~kv_text[column] & ~q_text[:, None]
     q_sizes, kv_sizes = (x.sizes.float() for x in (mask.q_layout, mask.kv_layout))
-    area = q_sizes[:, None] / q_sizes.sum() * kv_sizes[column] / kv_sizes.sum()
+    shares = (kv_sizes / kv_sizes.sum(-1, keepdim=True))[..., None, :].expand_as(score)
+    q_share = (q_sizes / q_sizes.sum(-1, keepdim=True))[..., None]
+    area = q_share * shares.gather(-1, column)
     return Band(column, score.gather(-1, column), area, valid, selected.sum(-1))

@@ -98,12 +98,17 @@ def permute_qkv(
 class Layout(Protocol):
     """Groups the tokens of q and of k: static layouts use the grid only, others also q, k and v."""
 
-    block_shape: tuple[int, int]  # tokens of the largest q block and kv block
+    @property
+    def block_shape(self) -> tuple[int, int] | None:
+        """Return the tokens of the largest q and kv block, None where q and k decide."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid
     ) -> tuple[BlockLayout, BlockLayout]:
         """Return the q and the kv layout; q, k, v [B, H, S, D] in sequence order."""
+
+    def build(self, grid: TokenGrid) -> tuple[BlockLayout, BlockLayout]:
+        """Return the layouts of a grid as far as they are known without q, k and v."""
 
 
 class _Static:
@@ -116,12 +121,16 @@ class _Static:
         self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid
     ) -> tuple[BlockLayout, BlockLayout]:
         check_grid(grid, q)
-        key = (grid, q.device)
+        return self.on(q.device, grid)
+
+    def on(self, device: torch.device, grid: TokenGrid) -> tuple[BlockLayout, BlockLayout]:
+        """Return the q and the kv layout of a grid on the device."""
+        key = (grid, device)
         if key not in self._built:
             q_layout, kv_layout = self.build(grid)
             same = q_layout is kv_layout
-            q_layout = q_layout.to(q.device)
-            self._built[key] = q_layout, q_layout if same else kv_layout.to(q.device)
+            q_layout = q_layout.to(device)
+            self._built[key] = q_layout, q_layout if same else kv_layout.to(device)
         return self._built[key]
 
     def build(self, grid: TokenGrid) -> tuple[BlockLayout, BlockLayout]:

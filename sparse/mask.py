@@ -17,6 +17,8 @@ class BlockScores:
     kv_layout: BlockLayout
     score: Tensor  # fp32 [B, H, Nq, Nk]
     forced: Tensor | None = None  # bool [B, H, Nq, Nk], selected whatever the score and the budget
+    mass: Tensor | None = None  # attention mass where score is another share; rows sum to 1
+    error: Tensor | None = None  # fp32 [B, H, Nq], what score shares out: compares across rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -223,7 +223,7 @@ def _check_sparsity(
 ) -> dict[str, Any]:
     spec = {n: build(cfg[n]) for n in ("layout", "estimator", "policy", "compensation")}
     method = method_from_spec({**spec, "backend": cfg.backend})
-    q_layout, kv_layout = method.layout.build(grid)  # type: ignore[attr-defined]
+    q_layout, kv_layout = method.layout.build(grid)
     most = _most_sparsity(cfg, method, kv_layout.num_blocks)
     if cfg.sparsity is not None and cfg.sparsity > most + 1e-9:
         kept = f"{round((1 - most) * kv_layout.num_blocks)} of {kv_layout.num_blocks} blocks a row"
@@ -239,10 +239,11 @@ def _check_sparsity(
         backend = check_backend(method, head_dim=head_dim, dtype=dtype, device=device)
     except ValueError as error:
         raise Refusal("backend", cfg.backend, "a backend that can run this", str(error)) from error
-    q_block, kv_block = method.layout.block_shape
+    shape = method.layout.block_shape
+    of = f"of {shape[0]} x {shape[1]}" if shape else "of any size"
     return {
         "backend": backend,
-        "blocks": f"{q_layout.num_blocks} x {kv_layout.num_blocks} of {q_block} x {kv_block}",
+        "blocks": f"{q_layout.num_blocks} x {kv_layout.num_blocks} {of}",
         **{name: cfg[name] for name in ("sparsity", "error_budget") if cfg[name] is not None},
     }
 

@@ -35,9 +35,11 @@ def euler_sample(
     levels = shift_levels(torch.linspace(1, 0, steps + 1), shift).tolist()
     x = noise
     pairs = list(pairwise(levels))
-    for now, after in tqdm(pairs, desc=progress, unit="step", disable=progress is None):
+    bar = tqdm(pairs, desc=progress, unit="step", disable=progress is None)
+    for step, (now, after) in enumerate(bar):
         t = torch.full((len(x),), now, device=x.device)
-        x = x + (after - now) * velocity(transformer, x, t, text, condition)
+        with transformer.cache_context("cond", step_index=step):
+            x = x + (after - now) * velocity(transformer, x, t, text, condition)
     return x
 
 

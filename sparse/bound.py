@@ -1,0 +1,67 @@
+"""Proposition 1 of SVG-EAR (arXiv 2603.08982): a bound of the attention map's error."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gossamer.kernels.blocks import block_of_token
+from gossamer.sparse.mask import BlockMask
+
+
+@dataclass(frozen=True)
+class MapError:
+    """Mean squared error of a compensated attention map and its bound, fp64 [B, H] each."""
+
+    error: Tensor  # of the map, measured
+    probe: Tensor  # the bound's first term: what the mean queries see of the unselected blocks
+    spread: Tensor  # the second: how far queries lie from their mean
+
+    @property
+    def bound(self) -> Tensor:
+        return self.probe + self.spread
+
+
+@torch.no_grad()
+def map_error(q: Tensor, k: Tensor, mask: BlockMask) -> MapError:
+    """Return the error of the map of q, k [B, H, S, D] in block order, and Proposition 1's bound.
+
+    The map has each key of an unselected block at the block's mean. The bound holds for masks that
+    leave the softmax's normaliser about as it was, and says nothing of the values: a diagnostic,
+    in fp64 and one S x S matrix a head.
+    """
+    q_offsets, kv_offsets = (
+        x.offsets.expand(*q.shape[:2], -1) for x in (mask.q_layout, mask.kv_layout)
+    )
+    terms = [
+        _of_head(q[b, h].double(), k[b, h].double(), q_offsets[b, h], kv_offsets[b, h],
+                 mask.selected[b, h])
+        for b in range(q.shape[0])
+        for h in range(q.shape[1])
+    ]  # fmt: skip
+    return MapError(*torch.stack(terms).unflatten(0, q.shape[:2]).unbind(-1))
+
+
+def _of_head(
+    q: Tensor, k: Tensor, q_offsets: Tensor, kv_offsets: Tensor, selected: Tensor
+) -> Tensor:
+    scale = q.shape[1] ** -0.5
+    row, column = block_of_token(q_offsets, len(q)), block_of_token(kv_offsets, len(k))
+    is_open = ~selected[row][:, column]
+    mean_q, mean_k = _means(q, row, len(selected))[row], _means(k, column, selected.shape[1])
+    mean_k = mean_k[column]
+    logits = q @ k.T * scale
+    lse = logits.logsumexp(-1, keepdim=True)
+    filled = torch.where(is_open, q @ mean_k.T * scale, logits)
+    error = (filled.softmax(-1) - logits.softmax(-1)).square().mean()
+    # Divided by the normaliser before the exponential: no overflow.
+    seen = (mean_q @ mean_k.T * scale - lse).exp() - (mean_q @ k.T * scale - lse).exp()
+    probe = 2 * (seen.square() * is_open).mean()
+    distance = (q - mean_q).square().sum(1).mean()
+    spread = 8 * distance * k.square().sum(1).amax() / (len(k) * q.shape[1])
+    return torch.stack([error, probe, spread])
+
+
+def _means(x: Tensor, block: Tensor, num_blocks: int) -> Tensor:
+    member = (block == torch.arange(num_blocks, device=x.device)[:, None]).to(x.dtype)
+    return member @ x / member.sum(1, keepdim=True).clamp(min=1)

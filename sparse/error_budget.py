@@ -1,0 +1,86 @@
+"""SVG-EAR's routing: the blocks of most error for their cost, within the budget of a Top-p set."""
+
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from gossamer.kernels.block_select.op import hybrid_select
+from gossamer.sparse.mask import BlockMask, BlockScores
+from gossamer.sparse.policies import Hybrid
+
+Scope = Literal["row", "head", "layer"]
+SCOPES = ("row", "head", "layer")
+
+
+class ErrorBudget(Hybrid):
+    """Spend the token pairs of the Hybrid set of (k, p) on the blocks of most error per pair.
+
+    The blocks of most mass, the share `guaranteed` of k and at least one a row, are always in
+    (arXiv 2603.08982, 4.3, whose released code has k = 0.1, guaranteed = 0.5). The rest of the
+    budget goes to blocks by score over tokens until it is reached: at most one block beyond it.
+    scope "row" keeps each row to its own budget; "head" and "layer" pool the budgets of all rows
+    of a head, or of the heads of a sample, which needs scores that compare (error_aware, output).
+    """
+
+    def __init__(
+        self,
+        *,
+        k: float = 0.1,
+        p: float = 0.0,
+        guaranteed: float = 0.5,
+        scope: Scope = "row",
+        num_heads: int = 1,
+    ) -> None:
+        super().__init__(k=k, p=p, num_heads=num_heads)
+        if scope not in SCOPES:
+            raise ValueError(f"scope={scope}: allowed is {', '.join(SCOPES)}; set scope=row")
+        if not 0 <= guaranteed <= 1:
+            raise ValueError(
+                f"guaranteed={guaranteed}: allowed is a share of k from 0 to 1; e.g. guaranteed=0.5"
+            )
+        self.guaranteed, self.scope = float(guaranteed), scope
+
+    def for_heads(self, num_heads: int, head_dim: int | None = None) -> Self:
+        """Return a policy of the same budget with its own k and p for each of the heads."""
+        return type(self)(
+            k=float(self.k[0]),
+            p=float(self.p[0]),
+            guaranteed=self.guaranteed,
+            scope=self.scope,
+            num_heads=num_heads,
+        )
+
+    def forward(self, scores: BlockScores) -> BlockMask:
+        if scores.mass is None or (self.scope != "row" and scores.error is None):
+            raise ValueError(
+                f"policy.scope={self.scope}: allowed is an estimator that gives mass and, beyond a "
+                "row, comparable errors; use estimator=error_aware with kind=output"
+            )
+        planned = hybrid_select(scores.mass, self.k, self.p)
+        sure = hybrid_select(scores.mass, self.k * self.guaranteed, torch.zeros_like(self.p))
+        cost = scores.q_layout.sizes[..., :, None] * scores.kv_layout.sizes[..., None, :]
+        cost = cost.expand_as(planned)  # token pairs, int64 [B, H, Nq, Nk]
+        gain = scores.score / scores.kv_layout.sizes.clamp(min=1)[..., None, :]
+        if self.scope != "row" and scores.error is not None:
+            gain = gain * scores.error[..., None]
+        first = {"row": 3, "head": 2, "layer": 1}[self.scope]
+        spare = ((planned.long() - sure.long()) * cost).flatten(first).sum(-1, keepdim=True)
+        chosen = _most(
+            gain.masked_fill(sure, -1).flatten(first),
+            cost.masked_fill(sure, 0).flatten(first),
+            spare,
+        )
+        chosen = chosen.view_as(sure) | sure
+        if scores.forced is not None:
+            chosen = chosen | scores.forced
+        return BlockMask(scores.q_layout, scores.kv_layout, chosen)
+
+
+def _most(gain: Tensor, cost: Tensor, budget: Tensor) -> Tensor:
+    """Return bool [..., n]: the items of most gain until their cost [..., n] reaches the budget."""
+    order = gain.argsort(dim=-1, descending=True, stable=True)
+    ordered = cost.gather(-1, order)
+    before = ordered.cumsum(-1) - ordered
+    keep = (before < budget) & (ordered > 0)
+    return torch.zeros_like(keep).scatter_(-1, order, keep)
