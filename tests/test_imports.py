@@ -109,13 +109,16 @@ def test_train_never_imports_kernels(path: Path) -> None:
 def test_benchmarks_import_public_ops_and_sparse_and_of_train_only_helpers(path: Path) -> None:
     helpers = {"gossamer.train.files", "gossamer.train.refusal", "gossamer.train.suggest"}
     entry = {"gossamer.train.cli"} if path.stem == "__main__" else set()
+    if path.name == "tensors.py":  # captures from a teacher as calibration does
+        modules = ("config", "data.dataset", "data.encode", "evaluate", "model")
+        entry = {f"gossamer.train.{name}" for name in modules}
     for name in imports(path):
         if name.startswith("gossamer.kernels"):
             assert name == "gossamer.kernels.blocks" or name.endswith(".op"), name
         elif name.startswith("gossamer.train"):
             assert name in helpers | entry, name
         elif is_external(name):
-            assert name.partition(".")[0] in {"torch", "triton"}, name
+            assert name.partition(".")[0] in {"torch", "triton", "matplotlib"}, name
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

@@ -1,0 +1,249 @@
+"""Attention error against density of every estimator, and which probe foresees the error.
+
+    python benchmarks/estimators.py                  # both data sets; minutes on a CPU
+    python benchmarks/estimators.py --device cuda
+    python benchmarks/estimators.py --data synthetic --out runs/estimators
+
+Writes estimators.md and estimators.json to --out and a plot to --plot. Every method gets its
+density by bisection of one p for all heads (a quarter of the density as Top-k floor), or by k.
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.benchmarks.attention_error import (
+    Errors,
+    TrueErrors,
+    errors_of,
+    rank_correlation,
+)
+from gossamer.benchmarks.estimators_report import markdown, plot
+from gossamer.benchmarks.tensors import Problem, captured, synthetic
+from gossamer.sparse.error_budget import ErrorBudget
+from gossamer.sparse.estimators.error_aware import ErrorAware
+from gossamer.sparse.estimators.mean_pool import MeanPool
+from gossamer.sparse.estimators.oracle import Oracle
+from gossamer.sparse.layout import Layout, Tiles, permute_qkv
+from gossamer.sparse.layouts.clusters import SemanticClusters, SortedClusters
+from gossamer.sparse.mask import BlockMask, BlockScores
+from gossamer.sparse.policies import Hybrid
+from gossamer.train.files import write_atomic
+
+DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
+Q_TOKENS, KV_TOKENS = 32, 16  # mean tokens of a cluster, and of the tiles
+Choose = Callable[[BlockScores, float], BlockMask]
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    layout: str
+    estimator: Any
+    choose: Choose
+    compensated: bool
+
+
+class Random:
+    """Scores drawn at random: what any choice must beat."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, q_layout: Any, kv_layout: Any
+    ) -> BlockScores:
+        shape = (*q.shape[:2], q_layout.num_blocks, kv_layout.num_blocks)
+        score = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(q.device)
+        return BlockScores(q_layout, kv_layout, score / score.sum(-1, keepdim=True))
+
+
+def by_p(policy: type[Hybrid], **settings: Any) -> Choose:
+    """Bisect p so that the mean density of all heads is the one asked for."""
+
+    def choose(scores: BlockScores, density: float) -> BlockMask:
+        def mask(k: float, p: float) -> BlockMask:
+            return policy(k=k, p=p, **settings).to(scores.score.device)(scores)
+
+        low, high = 0.0, 1.0
+        floor = density / 4
+        for _ in range(14):
+            p = (low + high) / 2
+            if float(mask(floor, p).density.mean()) > density:
+                high = p
+            else:
+                low = p
+        return mask(floor, low)
+
+    return choose
+
+
+def by_k(policy: type[Hybrid], **settings: Any) -> Choose:
+    def choose(scores: BlockScores, density: float) -> BlockMask:
+        return policy(k=density, **settings).to(scores.score.device)(scores)
+
+    return choose
+
+
+def mass_of(scores: BlockScores, density: float) -> BlockMask:
+    """The Hybrid set of the probe's own attention mass."""
+    assert scores.mass is not None
+    return by_p(Hybrid)(BlockScores(scores.q_layout, scores.kv_layout, scores.mass), density)
+
+
+METHODS = (
+    Method("random, dropped", "tiles", Random(), by_k(Hybrid), False),
+    Method("mean-pool tiles, dropped", "tiles", MeanPool(), by_p(Hybrid), False),
+    Method("mean-pool tiles, compensated", "tiles", MeanPool(), by_p(Hybrid), True),
+    Method("SVG2 dropped", "clusters", MeanPool(), by_p(Hybrid), False),
+    Method("SVG2 compensated", "clusters", MeanPool(), by_p(Hybrid), True),
+    Method("probe mass, compensated", "clusters", ErrorAware(), mass_of, True),
+    Method("EAR released score", "clusters", ErrorAware(kind="keys"), by_p(ErrorBudget), True),
+    Method("EAR E^out", "clusters", ErrorAware(), by_p(ErrorBudget), True),
+    Method("EAR E^out, budget by head", "clusters", ErrorAware(),
+           by_p(ErrorBudget, scope="head", guaranteed=0.0), True),
+    Method("EAR E^out, budget by layer", "clusters", ErrorAware(),
+           by_p(ErrorBudget, scope="layer", guaranteed=0.0), True),
+    Method("EAR E^out, sorted tiles", "sorted", ErrorAware(), by_k(Hybrid), True),
+    Method("EAR E^out, 3-D tiles", "tiles", ErrorAware(), by_k(Hybrid), True),
+    Method("oracle mass, dropped", "clusters", Oracle(), by_p(Hybrid), False),
+    Method("oracle error, compensated", "clusters", TrueErrors(), by_p(ErrorBudget), True),
+    Method("oracle error, by layer", "clusters", TrueErrors(),
+           by_p(ErrorBudget, scope="layer", guaranteed=0.0), True),
+)  # fmt: skip
+
+
+def layouts_for(tokens: int, cold_iterations: int = 10) -> dict[str, Layout]:
+    counts = {"num_q": tokens // Q_TOKENS, "num_kv": tokens // KV_TOKENS}
+    counts["cold_iterations"] = cold_iterations
+    return {
+        "tiles": Tiles(block=(2, 2, 4)),
+        "clusters": SemanticClusters(**counts),
+        "sorted": SortedClusters(q_block=Q_TOKENS, kv_block=KV_TOKENS, **counts),
+    }
+
+
+def curves(problems: list[Problem]) -> dict[str, list[dict[str, float]]]:
+    """Return for each method, at each density, the errors meaned over problems and heads."""
+    found: dict[str, list[list[Errors]]] = {m.name: [[] for _ in DENSITIES] for m in METHODS}
+    for problem in problems:
+        placed = {}
+        for name, layout in layouts_for(problem.grid.num_tokens).items():
+            parts = layout(problem.q, problem.k, problem.v, problem.grid)
+            placed[name] = (*permute_qkv(*parts, problem.q, problem.k, problem.v), *parts)
+        for method in METHODS:
+            inner = placed[method.layout]
+            scores = method.estimator(*inner)
+            for d, density in enumerate(DENSITIES):
+                mask = method.choose(scores, density)
+                errors = errors_of(*inner[:3], mask, compensated=method.compensated)
+                found[method.name][d].append(errors)
+    return {name: [_mean(errors) for errors in rows] for name, rows in found.items()}
+
+
+def _mean(errors: list[Errors]) -> dict[str, float]:
+    def mean(field: str) -> float:
+        return float(torch.cat([getattr(e, field) for e in errors]).double().mean())
+
+    return {
+        "density": mean("density"),
+        "output_error": mean("output") ** 0.5,
+        "map_error": mean("map"),
+    }
+
+
+def correlations(problems: list[Problem]) -> dict[str, dict[str, float]]:
+    """Return how well each score ranks blocks by the true error, within rows and across a head."""
+    found: dict[str, dict[str, list[Tensor]]] = {}
+    for problem in problems:
+        layouts = layouts_for(problem.grid.num_tokens)
+        for name in ("tiles", "clusters"):
+            parts = layouts[name](problem.q, problem.k, problem.v, problem.grid)
+            inner = (*permute_qkv(*parts, problem.q, problem.k, problem.v), *parts)
+            true = TrueErrors()(*inner)
+            assert true.error is not None
+            truth = true.score * true.error[..., None]
+            ranked = {
+                "E^out (output)": ErrorAware()(*inner),
+                "released (keys)": ErrorAware(kind="keys")(*inner),
+                "centroid mass": MeanPool()(*inner),
+            }
+            for label, scores in ranked.items():
+                row = scores.error[..., None] if scores.error is not None else 1
+                cells = found.setdefault(f"{label}, {name}", {"row": [], "head": []})
+                cells["row"].append(rank_correlation(scores.score, truth).mean(-1)[0].cpu())
+                flat = (scores.score * row).flatten(2)
+                cells["head"].append(rank_correlation(flat, truth.flatten(2))[0].cpu())
+    return {
+        label: {scope: float(torch.cat(x).mean()) for scope, x in cells.items()}
+        for label, cells in found.items()
+    }
+
+
+def rounds(problems: list[Problem]) -> dict[str, float]:
+    """Return the error of EAR at a density of 10 % after some cold rounds of k-means."""
+    found = {}
+    for count in (1, 2, 5, 10, 50):
+        errors = []
+        for problem in problems:
+            layout = layouts_for(problem.grid.num_tokens, count)["clusters"]
+            parts = layout(problem.q, problem.k, problem.v, problem.grid)
+            inner = (*permute_qkv(*parts, problem.q, problem.k, problem.v), *parts)
+            mask = by_p(ErrorBudget)(ErrorAware()(*inner), 0.1)
+            errors.append(errors_of(*inner[:3], mask, compensated=True))
+        found[str(count)] = _mean(errors)["output_error"]
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="synthetic,captured")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--clips", type=int, default=1)
+    parser.add_argument("--every", type=int, default=1, help="take each n-th head of the teacher")
+    parser.add_argument("--encoded", type=Path, default=Path("runs/estimators/data"))
+    parser.add_argument("--out", type=Path, default=Path("runs/estimators"))
+    parser.add_argument("--plot", type=Path, default=None)
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    start, data = time.monotonic(), {}
+    for name in options.data.split(","):
+        problems = list(
+            synthetic(device)
+            if name == "synthetic"
+            else captured(device, options.encoded, clips=options.clips, every=options.every)
+        )
+        heads = sum(p.q.shape[1] for p in problems)
+        data[name] = {
+            "problems": len(problems),
+            "heads": heads,
+            "curves": curves(problems),
+            "correlations": correlations(problems),
+            "rounds": rounds(problems),
+        }
+    is_gpu = device.type == "cuda"
+    machine = torch.cuda.get_device_name(device) if is_gpu else f"{platform.machine()} CPU"
+    results = {
+        "command": shlex.join(["python", "benchmarks/estimators.py", *arguments]),
+        "machine": f"{machine}, torch {torch.__version__}",
+        "seconds": time.monotonic() - start,
+        "densities": DENSITIES,
+        "data": data,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_atomic(options.out / "estimators.md", markdown(results))
+    write_atomic(options.out / "estimators.json", json.dumps(results, indent=1) + "\n")
+    plot(results, options.plot or options.out / "estimators.png")
+    sys.stdout.write(markdown(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
