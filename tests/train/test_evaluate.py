@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from gossamer.sparse.attach import attentions
-from gossamer.train.measures import Sample
 from gossamer.train.evaluate import (
     evenly,
     measure_masks,
@@ -20,6 +19,7 @@ from gossamer.train.evaluate import (
     velocities,
 )
 from gossamer.train.job import run
+from gossamer.train.measures import Sample
 
 LEVELS = [0.7, 0.3]
 
