@@ -19,13 +19,15 @@ from gossamer.sparse.allocation import (
     Curves,
     Fixed,
     Measure,
+    choose_layouts,
     coverage,
     give_out,
 )
 from gossamer.sparse.attach import attach, attentions, detach
 from gossamer.sparse.attention import SparseAttention, SparseMethod
+from gossamer.sparse.layouts.per_head import PerHead
 from gossamer.sparse.policies import Hybrid
-from gossamer.train.calibration import Calibration
+from gossamer.train.calibration import Calibration, set_masks
 from gossamer.train.measures import Layer, Sample, visit_layers
 from gossamer.train.model import velocity
 from gossamer.train.refusal import Refusal
@@ -128,6 +130,12 @@ class Calibrator:
         counts = [sum(len(s.t) for s in samples if s.level == i) for i in range(len(noise_levels))]
         self._per_level = torch.tensor(counts, dtype=torch.float64)
         self._found: dict[Any, _Measured] = {}
+        self._choice: list[list[int]] = []  # each layer's and head's order, of a layout with orders
+        width = int(teacher.config.attention_head_dim)  # type: ignore[arg-type]
+        self._sparse = [
+            SparseAttention(method, self.heads, width).requires_grad_(False).to(samples[0].x.device)
+            for _ in self.layers
+        ]
 
     def run(
         self,
@@ -146,6 +154,8 @@ class Calibrator:
         start = time.monotonic()
         target = 1 - (sparsity or 0.0)
         chosen: dict[str, Any] = {}
+        if isinstance(self.method.layout, PerHead):
+            chosen |= self._choose_orders(self.method.layout.names, allocation.measure, target)
         if isinstance(allocation, Fixed):
             if error_budget is not None:
                 raise Refusal(
@@ -182,6 +192,7 @@ class Calibrator:
             k=outcome.k.tolist(),
             p=outcome.p.tolist(),
             captured_mass=_rounded(outcome.mass),
+            layout_choice=self._choice,
             measure=allocation.measure,
             error=_rounded(outcome.error) if allocation.measure else [],
             curve_densities=curve_densities if allocation.measure else [],
@@ -192,6 +203,31 @@ class Calibrator:
         )
         result.chosen["measured_error"] = _rounded(self._sparse_error(outcome.k, outcome.p))
         return replace(result, seconds=time.monotonic() - start)
+
+    def _choose_orders(
+        self, names: tuple[str, ...], measure: Measure | None, target: float
+    ) -> dict[str, Any]:
+        """Give each head the order with the least error near the target; say how many took each.
+
+        An allocation without a measure, and a density that is not known yet (an error budget),
+        compare the layer's output, and the middle of the curve.
+        """
+        errors = []
+        for order in range(len(names)):
+            self._choice = [[order] * self.heads for _ in self.layers]
+            self._arrange()
+            found = self._measure(measure or "output", keep_rows=False)
+            shares = found.points / found.num_blocks
+            at = int((shares - target).abs().argmin()) if target < 1 else len(shares) // 2
+            errors.append(found.error.mean(2)[..., at].flatten())
+        best = choose_layouts(torch.stack(errors), torch.zeros(len(names)), reference=0)
+        self._choice = best.view(len(self.layers), self.heads).tolist()
+        self._arrange()
+        return {"heads_by_order": {n: int((best == i).sum()) for i, n in enumerate(names)}}
+
+    def _arrange(self) -> None:
+        for attention, choice in zip(self._sparse, self._choice, strict=True):
+            attention.layout.set_choice(torch.tensor(choice))
 
     def _density_of(self, error_budget: float, worth: Tensor, found: _Measured) -> float:
         """Bisect the least density whose sparse model, by Top-k alone, meets the error budget."""
@@ -215,8 +251,9 @@ class Calibrator:
 
     def _measure(self, measure: Measure | None, *, keep_rows: bool) -> _Measured:
         """Measure every head's error at each of the densities, and what each budget costs."""
-        if (measure, keep_rows) in self._found:
-            return self._found[measure, keep_rows]
+        key = measure, keep_rows, str(self._choice)
+        if key in self._found:
+            return self._found[key]
         rows = [_Rows() for _ in self.layers]
         points = density = error = torch.zeros(0)
 
@@ -243,7 +280,7 @@ class Calibrator:
         error /= self._per_level[:, None]
         density /= self._per_level.sum()
         found = _Measured(points, error, density, rows)
-        self._found[measure, keep_rows] = found
+        self._found[key] = found
         return found
 
     def _try(self, splits: list[Split], measure: Measure | None) -> _Outcome:
@@ -285,8 +322,7 @@ class Calibrator:
         detach(self.teacher)
         attach(self.teacher, self.method)
         try:
-            for attention, *budget in zip(attentions(self.teacher).values(), k, p, strict=True):
-                attention.policy.set_budget(*budget)
+            set_masks(self.teacher, k, p, self._choice)
             for sample, v in zip(self.samples, dense, strict=True):
                 change = self._velocity(sample) - v
                 ratio = change.flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)
@@ -307,12 +343,9 @@ class Calibrator:
     def _visit(
         self, visit: Callable[[Sample, Layer], None], measure: Measure | None, title: str
     ) -> None:
-        width = int(self.teacher.config.attention_head_dim)  # type: ignore[arg-type]
-        attention = SparseAttention(self.method, self.heads, width).requires_grad_(False)
-        attention.to(self.samples[0].x.device)
         visit_layers(
             self.teacher,
-            attention,
+            self._sparse,
             self.samples,
             visit,
             measure=measure,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gossamer.sparse.attach import attentions, mask_parameters
 from gossamer.train.files import write_atomic
@@ -37,6 +37,7 @@ class Calibration:
     chosen: dict[str, Any]  # what was derived from the one figure asked for, and what it does
     clips: int
     seconds: float
+    layout_choice: list[list[int]] = field(default_factory=list)  # place in PerHead's names
     made_for: dict[str, Any] = field(default_factory=dict)  # what the masks were asked to be
     format_version: int = FORMAT_VERSION
 
@@ -95,6 +96,9 @@ class Calibration:
                 f"the last block given was worth {chosen['bound']:.3g} ({self.measure}); every "
                 "block that is worth more is computed exactly"
             )
+        if "heads_by_order" in chosen:
+            counted = ", ".join(f"{name} {n}" for name, n in chosen["heads_by_order"].items())
+            lines.append(f"heads by token order, the one with the least error: {counted}")
         shares = chosen["heads_by_top_k_share"]
         if len(shares) > 1:
             counted = ", ".join(f"{share}: {heads} heads" for share, heads in shares.items())
@@ -126,8 +130,15 @@ class Calibration:
                 f"a calibration of the model's {len(found)} layers of {max(heads)} heads",
                 "run `gossamer calibrate` for this model",
             )
-        for attention, k, p in zip(found.values(), self.k, self.p, strict=True):
-            attention.policy.set_budget(torch.tensor(k), torch.tensor(p))
+        set_masks(model, torch.tensor(self.k), torch.tensor(self.p), self.layout_choice)
+
+
+def set_masks(model: nn.Module, k: Tensor, p: Tensor, layout_choice: list[list[int]]) -> None:
+    """Set k and p [L, H] of an attached model, and each head's order where its layout has some."""
+    for index, attention in enumerate(attentions(model).values()):
+        attention.policy.set_budget(k[index], p[index])
+        if layout_choice:
+            attention.layout.set_choice(torch.tensor(layout_choice[index]))
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -75,7 +75,7 @@ class Layer:
 
 def visit_layers(
     teacher: nn.Module,
-    attention: SparseAttention,
+    sparse: list[SparseAttention],
     samples: list[Sample],
     visit: Callable[[Sample, Layer], None],
     *,
@@ -85,6 +85,8 @@ def visit_layers(
     title: str,
 ) -> list[Tensor]:
     """Call `visit` for each sample and layer of a densely attached teacher; return velocities.
+
+    `sparse` is the attention of each layer that is measured in place of the dense one.
 
     What needs neither gradients nor more forward passes is visited during the forward pass, so that
     no more than one layer's tensors are held at a time.
@@ -106,7 +108,7 @@ def visit_layers(
             if waits:
                 captured[module] = (*args, out)
             else:
-                layer = _layer(modules[module], attention, (*args, out))
+                layer = _layer(modules[module], sparse, (*args, out))
                 layer.effect = _effect_now(measure, teacher, layer.index)
                 visit(sample, layer)
 
@@ -119,7 +121,7 @@ def visit_layers(
         if with_graph:
             gradients = list(_gradients(measure, v, sample, outs, probes, generator))
         for module, call in captured.items():
-            layer = _layer(modules[module], attention, call)
+            layer = _layer(modules[module], sparse, call)
             if with_graph:
                 order = layer.scores.q_layout
                 own = [order.permute(g[layer.index]).float() for g in gradients]
@@ -141,7 +143,8 @@ def _hooked(modules: Any, hook: Callable[..., Any]) -> Iterator[None]:
             handle.remove()
 
 
-def _layer(index: int, attention: SparseAttention, call: tuple[Any, ...]) -> Layer:
+def _layer(index: int, sparse: list[SparseAttention], call: tuple[Any, ...]) -> Layer:
+    attention = sparse[index]
     query, key, value, grid, _, out = call
     with torch.no_grad():
         q, k, v = (x.detach() for x in (query, key, value))

@@ -134,6 +134,17 @@ def layouts():
     yield clusters, clusters
 
 
+def test_blocks_that_the_estimator_forces_are_paid_for():
+    layout = RowMajor(q_block=8, kv_block=4).build(TokenGrid(3, 3, 3))
+    generator = torch.Generator().manual_seed(0)
+    score = torch.rand(1, 2, 4, 7, generator=generator).softmax(-1)
+    scores = BlockScores(*layout, score, torch.rand(score.shape, generator=generator) < 0.3)
+    covered, sizes = coverage(scores)[1], layout[0].sizes.double()
+    for count in range(1, 8):
+        density = Hybrid(k=count / 7)(scores).density
+        torch.testing.assert_close((covered[..., count - 1] * sizes).sum(-1) / 27, density)
+
+
 @pytest.mark.parametrize("pair", list(layouts()), ids=["ragged", "text", "row major", "clusters"])
 def test_the_coverage_of_a_row_is_the_density_of_its_mask_in_token_pairs(pair):
     q_layout, kv_layout = pair

@@ -177,6 +177,29 @@ def test_the_policys_own_budget_is_kept_by_fixed_and_measured_as_it_runs(make_jo
         one.run(Fixed(), error_budget=0.1)
 
 
+def test_each_head_takes_the_order_with_the_least_error(make_job: Any, tmp_path: Path) -> None:
+    names = "[row_major,temporal_major,tiles]"
+    settings = {"layout__block": None, "layout": "per_head", "layout__tile": "[1,2,2]"}
+    sizes = {"layout__q_block": 4, "layout__kv_block": 4}
+    job = make_job(**settings, **sizes, layout__names=names)
+    found = calibrator(job).run(WaterFill(measure="output"), sparsity=0.75)
+    alone = [
+        calibrator(make_job(**settings, **sizes, layout__names=f"[{name}]")).run(
+            WaterFill(measure="output"), sparsity=0.75
+        )
+        for name in ("row_major", "temporal_major", "tiles")
+    ]
+    errors = torch.tensor([one.curve_error for one in alone]).mean(3)[..., 1]  # [order, L, H]
+    assert found.layout_choice == errors.argmin(0).tolist()
+    assert sum(found.chosen["heads_by_order"].values()) == 4
+    assert found.planned_density == pytest.approx(0.25, abs=1 / BLOCKS / 4)
+    found.save(tmp_path)
+    model = sparse_model(job)
+    Calibration.load(tmp_path).apply(model)
+    choices = [attention.layout.choice.tolist() for attention in attentions(model).values()]
+    assert choices == found.layout_choice
+
+
 def test_two_processes_write_the_calibration_of_one(
     lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
