@@ -77,8 +77,8 @@ class ErrorBudget(Hybrid):
         if self.unit == "tokens":
             sure = token_prefix(scores.mass, *layouts, self.k * self.guaranteed)
             if self.scope == "row":
-                gain = gain.masked_fill(sure, torch.inf)
-                return BlockMask(*layouts, token_prefix(gain, *layouts, self.k) | sure)
+                score = scores.score.masked_fill(sure, torch.inf)
+                return BlockMask(*layouts, token_prefix(score, *layouts, self.k) | sure)
             planned = self.k.double()[:, None] * cost.sum(-1)  # [B, H, Nq]
         else:
             sure = hybrid_select(scores.mass, self.k * self.guaranteed, torch.zeros_like(self.p))
