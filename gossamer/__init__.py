@@ -1,4 +1,9 @@
-"""Gossamer turns a pretrained dense video diffusion transformer into a sparse one."""
+"""Gossamer turns a pretrained dense video diffusion transformer into a sparse one.
+
+attach(pipe, path) puts a trained model's sparse attention into a diffusers pipeline or transformer,
+attach(pipe, method="svg2", sparsity=0.9) a published method without training, detach(pipe) takes it
+out again; load_pipeline(path) opens what a run exported.
+"""
 
 from importlib import import_module
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -15,7 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from gossamer.sparse.attention import DenseAttention, SparseAttention, SparseMethod
 from gossamer.sparse.construct import construct
+from gossamer.sparse.methods import method_named
 from gossamer.sparse.models.context import AttentionContext
+from gossamer.sparse.trajectory import Trajectory
 
 CONFIG_NAME = "sparse_attention_config.json"
 STATE_NAME = "sparse_attention.safetensors"
@@ -31,21 +33,55 @@ class Attachment:
     originals: dict[str, Any]
     handle: RemovableHandle
     attentions: dict[str, nn.Module]
+    dense_steps: int = 0
+    dense_layers: int = 0
+    trajectory: Trajectory = field(default_factory=Trajectory)
+
+    @property
+    def needs_step(self) -> bool:
+        """Return whether anything depends on the step that a forward is."""
+        own = self.attentions.values()
+        return self.dense_steps > 0 or any(getattr(a, "codebooks", None) for a in own)
 
 
-def attach(target: Any, source: SparseMethod | str | Path | None) -> Any:
+def attach(
+    target: Any,
+    source: SparseMethod | str | Path | None = None,
+    *,
+    method: str | None = None,
+    sparsity: float | None = None,
+    dense_steps: int = 0,
+    dense_layers: int = 0,
+) -> Any:
     """Replace the self-attention of a transformer, or of a pipeline's, and return the target.
 
-    `source` is a SparseMethod, a folder that holds an exported mask policy, or None for dense
-    attention through gossamer's processors (teachers and controls). Raises ValueError for an
-    unknown model family, a model that already carries an attachment, or a policy of another model.
+    Give either `method`, a published method by name (sparge, svg1, svg2 or svg_ear) at `sparsity`
+    (0.9 if left out), or `source`: a SparseMethod, a folder that holds an exported mask policy, or
+    None for dense attention through gossamer's processors (teachers and controls). The first
+    `dense_steps` steps of each run of the pipeline and the first `dense_layers` self-attentions
+    stay dense; they do not count in the sparsity.
+
+    Raises ValueError for an unknown method or model family, numbers out of range, a model that
+    already carries an attachment, or a policy of another model.
     """
     model = transformer_of(target)
     if _RECORD in model.__dict__:
         raise ValueError("transformer: it already has gossamer's attention; call detach first")
+    if method is not None:
+        if source is not None:
+            raise ValueError(
+                f"method={method}: allowed is one of source and method; leave one of them out"
+            )
+        source = method_named(method, 0.9 if sparsity is None else sparsity)
+    elif sparsity is not None:
+        raise ValueError(
+            f"sparsity={sparsity}: allowed with method only, a policy or SparseMethod has its own; "
+            "leave it out or give e.g. method='svg2'"
+        )
+    _check_dense(model, dense_steps, dense_layers)
     if isinstance(source, str | Path):
-        method, state = load_policy(source)
-        _install(model, lambda heads, dim: SparseAttention(method, heads, dim))
+        loaded, state = load_policy(source)
+        _install(model, lambda heads, dim: SparseAttention(loaded, heads, dim))
         try:
             load_mask_state(model, state)
         except ValueError:
@@ -55,6 +91,8 @@ def attach(target: Any, source: SparseMethod | str | Path | None) -> Any:
         _install(model, lambda heads, dim: DenseAttention())
     else:
         _install(model, lambda heads, dim: SparseAttention(source, heads, dim))
+    record: Attachment = model.__dict__[_RECORD]
+    record.dense_steps, record.dense_layers = dense_steps, dense_layers
     return target
 
 
@@ -212,6 +250,17 @@ def family_of(model: nn.Module) -> ModuleType:
     )
 
 
+def _check_dense(model: nn.Module, dense_steps: int, dense_layers: int) -> None:
+    layers = sum(1 for _ in family_of(model).self_attentions(model))
+    for name, count, most in (
+        ("dense_steps", dense_steps, None),
+        ("dense_layers", dense_layers, layers),
+    ):
+        if not isinstance(count, int) or count < 0 or (most is not None and count > most):
+            limit = "of at least 0" if most is None else f"from 0 to the model's {most} layers"
+            raise ValueError(f"{name}={count}: allowed is an integer {limit}; e.g. {name}=1")
+
+
 def _install(model: nn.Module, make: Callable[[int, int], nn.Module]) -> None:
     family = family_of(model)
     layers = dict(family.self_attentions(model))
@@ -234,18 +283,16 @@ def _install(model: nn.Module, make: Callable[[int, int], nn.Module]) -> None:
 def _denoising_call(model: nn.Module, name: str, **kwargs: Any) -> Iterator[None]:
     """Do what diffusers' cache_context does, and note the guidance branch of the call.
 
-    Pipelines name their calls so ("cond", "uncond") and count the steps. Clusters are carried from
-    step to step of a branch, and forgotten at its first.
+    Pipelines name their calls so ("cond", "uncond"), and some count the steps. Clusters are carried
+    from step to step of a branch, and forgotten at its first.
     """
     record: Attachment = model.__dict__[_RECORD]
-    step = kwargs.get("step_index")
-    record.context.branch = None if step is None else name
-    record.context.is_first = step == 0
+    record.context.branch, record.context.step_index = name, kwargs.get("step_index")
     try:
         with type(model).cache_context(model, name, **kwargs):  # type: ignore[attr-defined]
             yield
     finally:
-        record.context.branch = None
+        record.context.branch = record.context.step_index = None
 
 
 def _fill_before_forward(model: nn.Module, family: ModuleType) -> RemovableHandle:
@@ -254,10 +301,24 @@ def _fill_before_forward(model: nn.Module, family: ModuleType) -> RemovableHandl
     def fill(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = parameters.bind(*args, **kwargs).arguments
         record: Attachment = module.__dict__[_RECORD]  # of the module: a deep copy has its own
-        record.context.grid = family.token_grid(module, call)
-        record.context.timestep = call["timestep"]
-        for attention in record.attentions.values():
+        context = record.context
+        context.grid = family.token_grid(module, call)
+        context.timestep = call["timestep"]
+        step, is_first = _place(record, call["timestep"])
+        for index, attention in enumerate(record.attentions.values()):
             if isinstance(attention, SparseAttention):
-                attention.reset(record.context.branch, is_first=record.context.is_first)
+                is_dense = index < record.dense_layers or step < record.dense_steps
+                attention.reset(context.branch, is_first=is_first, is_dense=is_dense)
 
     return model.register_forward_pre_hook(fill, with_kwargs=True)
+
+
+def _place(record: Attachment, timestep: Tensor) -> tuple[int, bool]:
+    """Return which step of a run the next forward is, and whether it is the branch's first."""
+    context = record.context
+    if context.branch is not None and context.step_index is not None:
+        return record.trajectory.by_index(context.branch, context.step_index)
+    carries = context.branch is not None and record.needs_step
+    if carries or record.dense_steps:
+        return record.trajectory.by_timestep(context.branch, timestep)
+    return 0, False

@@ -84,6 +84,7 @@ class SparseAttention(nn.Module):
         self.backend = method.backend
         self.mask: BlockMask | None = None
         self.band: Band | None = None
+        self.is_dense = False  # in this forward
         layout = self.layout
         self.codebooks = Codebooks(layout) if isinstance(layout, Clusters) else None
 
@@ -96,9 +97,12 @@ class SparseAttention(nn.Module):
             if isinstance(part, Gated) and any(p.requires_grad for p in part.parameters())
         ]
 
-    def reset(self, branch: str | None = None, *, is_first: bool = False) -> None:
+    def reset(
+        self, branch: str | None = None, *, is_first: bool = False, is_dense: bool = False
+    ) -> None:
         """Drop the mask; the next forward is a step of the guidance branch, or of none."""
         self.mask = self.band = None
+        self.is_dense = is_dense
         if self.codebooks is not None:
             self.codebooks.start(branch, is_first)
 
@@ -109,6 +113,8 @@ class SparseAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, timestep: Tensor) -> Tensor:
         """Return attention of q, k, v [B, H, S, D] in sequence order; timestep [B]."""
+        if self.is_dense:
+            return dense_attention(q, k, v)
         if self.mask is None:
             q_layout, kv_layout = (self.codebooks or self.layout)(q, k, v, grid)
         else:

@@ -8,9 +8,12 @@ from torch import Tensor
 from gossamer.kernels.block_select.op import hybrid_select
 from gossamer.sparse.mask import BlockMask, BlockScores
 from gossamer.sparse.policies import Hybrid
+from gossamer.sparse.token_share import token_prefix
 
 Scope = Literal["row", "head", "layer"]
 SCOPES = ("row", "head", "layer")
+Unit = Literal["blocks", "tokens"]
+UNITS = ("blocks", "tokens")
 
 
 class ErrorBudget(Hybrid):
@@ -21,6 +24,7 @@ class ErrorBudget(Hybrid):
     budget goes to blocks by score over tokens until it is reached: at most one block beyond it.
     scope "row" keeps each row to its own budget; "head" and "layer" pool the budgets of all rows
     of a head, or of the heads of a sample, which needs scores that compare (error_aware, output).
+    unit "tokens" makes k the share of a head's token pairs, whatever the block sizes; p is then 0.
     """
 
     def __init__(
@@ -30,16 +34,22 @@ class ErrorBudget(Hybrid):
         p: float = 0.0,
         guaranteed: float = 0.5,
         scope: Scope = "row",
+        unit: Unit = "blocks",
         num_heads: int = 1,
     ) -> None:
         super().__init__(k=k, p=p, num_heads=num_heads)
         if scope not in SCOPES:
             raise ValueError(f"scope={scope}: allowed is {', '.join(SCOPES)}; set scope=row")
+        if unit not in UNITS or (unit == "tokens" and p > 0):
+            raise ValueError(
+                f"unit={unit}, p={p}: allowed is {' or '.join(UNITS)}, and tokens with p=0 only; "
+                "set unit=blocks"
+            )
         if not 0 <= guaranteed <= 1:
             raise ValueError(
                 f"guaranteed={guaranteed}: allowed is a share of k from 0 to 1; e.g. guaranteed=0.5"
             )
-        self.guaranteed, self.scope = float(guaranteed), scope
+        self.guaranteed, self.scope, self.unit = float(guaranteed), scope, unit
 
     def for_heads(self, num_heads: int, head_dim: int | None = None) -> Self:
         """Return a policy of the same budget with its own k and p for each of the heads."""
@@ -48,6 +58,7 @@ class ErrorBudget(Hybrid):
             p=float(self.p[0]),
             guaranteed=self.guaranteed,
             scope=self.scope,
+            unit=self.unit,
             num_heads=num_heads,
         )
 
@@ -57,15 +68,23 @@ class ErrorBudget(Hybrid):
                 f"policy.scope={self.scope}: allowed is an estimator that gives mass and, beyond a "
                 "row, comparable errors; use estimator=error_aware with kind=output"
             )
-        planned = hybrid_select(scores.mass, self.k, self.p)
-        sure = hybrid_select(scores.mass, self.k * self.guaranteed, torch.zeros_like(self.p))
-        cost = scores.q_layout.sizes[..., :, None] * scores.kv_layout.sizes[..., None, :]
-        cost = cost.expand_as(planned)  # token pairs, int64 [B, H, Nq, Nk]
-        gain = scores.score / scores.kv_layout.sizes.clamp(min=1)[..., None, :]
+        layouts = scores.q_layout, scores.kv_layout
+        q_size, kv_size = scores.q_layout.sizes, scores.kv_layout.sizes
+        gain = scores.score / kv_size.clamp(min=1)[..., None, :]
         if self.scope != "row" and scores.error is not None:
             gain = gain * scores.error[..., None]
+        cost = (q_size[..., :, None] * kv_size[..., None, :]).expand_as(gain)  # int64 token pairs
+        if self.unit == "tokens":
+            sure = token_prefix(scores.mass, *layouts, self.k * self.guaranteed)
+            if self.scope == "row":
+                score = scores.score.masked_fill(sure, torch.inf)
+                return BlockMask(*layouts, token_prefix(score, *layouts, self.k) | sure)
+            planned = self.k.double()[:, None] * cost.sum(-1)  # [B, H, Nq]
+        else:
+            sure = hybrid_select(scores.mass, self.k * self.guaranteed, torch.zeros_like(self.p))
+            planned = (hybrid_select(scores.mass, self.k, self.p) * cost).sum(-1)
         first = {"row": 3, "head": 2, "layer": 1}[self.scope]
-        spare = ((planned.long() - sure.long()) * cost).flatten(first).sum(-1, keepdim=True)
+        spare = (planned - (sure * cost).sum(-1))[..., None].flatten(first).sum(-1, keepdim=True)
         chosen = _most(
             gain.masked_fill(sure, -1).flatten(first),
             cost.masked_fill(sure, 0).flatten(first),
@@ -74,7 +93,7 @@ class ErrorBudget(Hybrid):
         chosen = chosen.view_as(sure) | sure
         if scores.forced is not None:
             chosen = chosen | scores.forced
-        return BlockMask(scores.q_layout, scores.kv_layout, chosen)
+        return BlockMask(*layouts, chosen)
 
 
 def _most(gain: Tensor, cost: Tensor, budget: Tensor) -> Tensor:

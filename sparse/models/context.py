@@ -14,4 +14,4 @@ class AttentionContext:
     grid: TokenGrid | None = None
     timestep: Tensor | None = None  # [B], or [B, S] (Wan 2.2 TI2V)
     branch: str | None = None  # of the guidance, where the pipeline names it
-    is_first: bool = False  # the branch's first step
+    step_index: int | None = None  # where the pipeline counts its steps
