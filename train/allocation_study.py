@@ -1,7 +1,10 @@
 """Compare allocations on the untrained student: velocity error on held-out clips at equal density.
 
     python -m gossamer.train.allocation_study [--sparsity 0.8 0.9 ...] [--repeats 3] recipe=demo ...
+    python -m gossamer.train.allocation_study recipe=demo --methods [--block 32 16]
 
+With --methods the arms are the published methods as `attach(pipe, method=...)` gives them, nothing
+calibrated, each head with the same budget; --block is the tokens of a q and a kv block or cluster.
 Each repeat calibrates on other training clips with other probes. `velocity per level` has budgets
 for each noise level alone, which a run cannot use yet: it shows what noise-level bins would gain.
 The data must be encoded (`gossamer encode`).
@@ -16,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.sparse.allocation import Allocation, EqualError, Uniform, WaterFill
-from gossamer.sparse.attach import attach, attentions, method_from_spec
+from gossamer.sparse.attach import attach, attentions, detach, family_of, method_from_spec
+from gossamer.sparse.methods import NAMES, method_named
 from gossamer.train.calibrate import Calibrator
 from gossamer.train.config import compose
 from gossamer.train.evaluate import evenly, noisy_samples, velocities
@@ -45,8 +49,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--arms", nargs="+", default=[*ALLOCATIONS, PER_LEVEL])
+    parser.add_argument("--methods", action="store_true")
+    parser.add_argument("--block", type=int, nargs=2, default=[32, 16])
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
+    if options.methods:
+        options.arms = [*NAMES]
     cfg = compose(options.overrides)
     job = Job(cfg, make_accelerator(cfg), [])
     found: dict[tuple[str, float], list[tuple[float, float]]] = {}
@@ -65,6 +73,9 @@ def _measure(job: Job, options: argparse.Namespace) -> Iterator[tuple[str, float
     samples = noisy_samples(clips, levels, settings.batch_size, job.device)
     teacher, method = job.dense(), method_from_spec(job.method_spec)
     target = velocities(teacher, samples, "teacher")
+    if options.methods:
+        yield from _published(detach(teacher), samples, target, options)
+        return
     student = attach(job.source.load(job.cfg.seed), method).to(job.device)
     student.requires_grad_(False).eval()
     num_clips = len(job.dataset("train"))
@@ -91,6 +102,26 @@ def _measure(job: Job, options: argparse.Namespace) -> Iterator[tuple[str, float
                     float(torch.tensor(errors).mean()),
                     float(torch.tensor(densities).mean()),
                 )
+
+
+def _published(
+    model: nn.Module, samples: list[Sample], target: list[Tensor], options: argparse.Namespace
+) -> Iterator[tuple[str, float, float, float]]:
+    tokens = family_of(model).token_grid(model, {"hidden_states": samples[0].x}).num_tokens
+    q, kv = options.block
+    for name in NAMES:
+        in_clusters = name in ("svg2", "svg_ear")
+        sizes = (
+            {"num_q": max(1, tokens // q), "num_kv": max(1, tokens // kv)}
+            if in_clusters
+            else {"q_block": q, "kv_block": kv}
+        )
+        for sparsity in options.sparsity:
+            attach(model, method_named(name, sparsity, **sizes))
+            errors, densities = _run(model, samples, target, None)
+            detach(model)
+            error, density = (float(torch.tensor(x).mean()) for x in (errors, densities))
+            yield name, sparsity, error, density
 
 
 def _of_level(calibrator: Calibrator, level: int) -> Calibrator:
@@ -131,7 +162,10 @@ def _table(
     found: dict[tuple[str, float], list[tuple[float, float]]], options: argparse.Namespace
 ) -> list[str]:
     titles = [f"{100 * s:g} %: error (range) | density" for s in options.sparsity]
-    lines = [f"| allocation | {' | '.join(titles)} |", "|---" * (1 + 2 * len(titles)) + "|"]
+    lines = [
+        f"| {'method' if options.methods else 'allocation'} | {' | '.join(titles)} |",
+        "|---" * (1 + 2 * len(titles)) + "|",
+    ]
     for arm in options.arms:
         cells = []
         for sparsity in options.sparsity:
