@@ -16,7 +16,14 @@ from gossamer.benchmarks.contestants import Contestant
 from gossamer.benchmarks.run import OUT_OF_TIME, Runner, reason
 from gossamer.benchmarks.settings import PHASES, Settings
 from gossamer.benchmarks.table import environment
-from gossamer.benchmarks.timing import MIN_MS, MIN_REPEATS, CudaStopwatch, Timing, summarise
+from gossamer.benchmarks.timing import (
+    MAX_REPEATS,
+    MIN_MS,
+    MIN_REPEATS,
+    CudaStopwatch,
+    Timing,
+    summarise,
+)
 from gossamer.kernels.block_sparse_attention.op import block_sparse_attention
 from gossamer.kernels.blocks import Blocks
 
@@ -267,6 +274,7 @@ def test_the_stopwatch_repeats_enough_and_sees_memory() -> None:
     x = torch.ones(1 << 20, device="cuda")
     stopwatch.mark()
     timing = stopwatch.time(lambda: x + 1)
-    assert timing.repeats >= MIN_REPEATS and timing.median_ms * timing.repeats > 0.5 * MIN_MS
+    is_enough = timing.median_ms * timing.repeats > 0.5 * MIN_MS
+    assert timing.repeats >= MIN_REPEATS and (is_enough or timing.repeats >= MAX_REPEATS)
     assert timing.low_ms <= timing.median_ms <= timing.high_ms
     assert timing.peak_bytes == x.nbytes

@@ -118,10 +118,11 @@ class Launcher:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._jobs = folder, 0
+        path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._server = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("launcher.py")],
             # one thread: for tiny tensors, several mostly wait for each other on a busy machine
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

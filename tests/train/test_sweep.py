@@ -122,7 +122,7 @@ def test_nothing_starts_when_one_job_is_wrong(
 def test_only_show_prints_commands_that_compose(
     started: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = ["compensation=glob(*)", "layout=tiles", f"runs_dir='{tmp_path}'"]
+    overrides = ["compensation=drop,centroid", "layout=tiles", f"runs_dir='{tmp_path}'"]
     assert sweep(overrides, only_show=True) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all(line.startswith("gossamer train layout=") for line in lines)

@@ -30,7 +30,7 @@ COMMON = {
     "loss": "flow_matching",  # in a few steps it falls by more than its noise
     "ema": 0.5,
 }
-POLICY = {"calibration__budgets": "policy", "policy__k": DENSITY}
+POLICY = {"allocation": "fixed", "policy__k": DENSITY}
 
 
 def rows(run: Any) -> dict[str, np.ndarray]:

@@ -130,7 +130,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["policy.k=0.06"], "sparsity=0.95: allowed is at most 0.9395"),
         (["sparsity=0.999", "allocation=velocity"], "1 of 512 blocks"),
         (["data.holdout=0"], "data.holdout=0"),
-        (["layout.q_block=256", "backend=triton"], "q_block_size"),
+        (["layout.q_block=256", "backend=hopper"], "for backend 'hopper'"),
         (["grad_accumulation=7"], "batch_size=64"),
         (["allocation=fixd"], "did you mean fixed?"),
     ],
