@@ -196,6 +196,7 @@ def train(
         micro_batch=settings.micro_batch(accelerator.num_processes),
         num_workers=settings.num_workers,
         num_steps=settings.steps - progress.step,
+        pin_memory=accelerator.device.type == "cuda",
     )
     failed_saves = 0
     bar = tqdm(

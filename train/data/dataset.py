@@ -133,10 +133,12 @@ def batches(
     micro_batch: int | None = None,
     num_workers: int = 0,
     num_steps: int | None = None,
+    pin_memory: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
     """This rank's micro-batches from `start_step` on, each global batch split evenly over ranks.
 
     Endless unless `num_steps` is given. `micro_batch` None takes the rank's share in one piece.
+    `pin_memory` is for batches that go to a GPU.
     """
     share, rest = divmod(schedule.global_batch, world)
     if rest or share == 0:
@@ -152,7 +154,7 @@ def batches(
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         worker_init_fn=leave_to_parent,
     )
     return iter(loader)
