@@ -22,7 +22,7 @@ dev: $(VENV)/.developed
 
 test: dev
 	@gpu=$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "not gpu")') && \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "$$gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal -m "$$gpu"
 
 check: dev
 	$(BIN)/ruff check .
