@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gossamer.kernels.block_pool.op import block_mean
 from gossamer.kernels.blocks import block_of_token
 from gossamer.sparse.mask import BlockMask
 
@@ -48,8 +49,10 @@ def _of_head(
     scale = q.shape[1] ** -0.5
     row, column = block_of_token(q_offsets, len(q)), block_of_token(kv_offsets, len(k))
     is_open = ~selected[row][:, column]
-    mean_q, mean_k = _means(q, row, len(selected))[row], _means(k, column, selected.shape[1])
-    mean_k = mean_k[column]
+    mean_q, mean_k = (
+        block_mean(x[None, None], offsets, len(x))[0, 0, block]  # of each token's block
+        for x, offsets, block in ((q, q_offsets, row), (k, kv_offsets, column))
+    )
     logits = q @ k.T * scale
     lse = logits.logsumexp(-1, keepdim=True)
     filled = torch.where(is_open, q @ mean_k.T * scale, logits)
@@ -60,8 +63,3 @@ def _of_head(
     distance = (q - mean_q).square().sum(1).mean()
     spread = 8 * distance * k.square().sum(1).amax() / (len(k) * q.shape[1])
     return torch.stack([error, probe, spread])
-
-
-def _means(x: Tensor, block: Tensor, num_blocks: int) -> Tensor:
-    member = (block == torch.arange(num_blocks, device=x.device)[:, None]).to(x.dtype)
-    return member @ x / member.sum(1, keepdim=True).clamp(min=1)

@@ -43,7 +43,8 @@ def stoppable() -> Iterator[Stop]:
     def ask(number: int, frame: FrameType | None) -> None:
         stop.asked = signal.Signals(number)
         for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+            if signal.getsignal(each) is not signal.SIG_IGN:
+                signal.signal(each, signal.SIG_DFL)
 
     with _handled(ask, SIGNALS):
         yield stop

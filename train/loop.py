@@ -88,18 +88,17 @@ class Progress:
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.student.named_parameters() if p.requires_grad}
 
-    def averaged(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that have an average: masks keep the density they were given."""
-        masks = set(mask_parameters(self.student).values())
-        return {n: p for n, p in self.named_parameters().items() if p not in masks}
-
     def start_ema(self) -> None:
-        self.ema = {n: p.detach().clone() for n, p in self.averaged().items()}
+        """Begin the averages of all but the masks, which keep the density they were given."""
+        masks = set(mask_parameters(self.student).values())
+        trained = self.named_parameters().items()
+        self.ema = {n: p.detach().clone() for n, p in trained if p not in masks}
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
-        for name, parameter in self.averaged().items():
-            self.ema[name].lerp_(parameter, 1 - decay)
+        parameters = self.named_parameters()
+        for name, average in self.ema.items():
+            average.lerp_(parameters[name], 1 - decay)
 
     def save(self, folder: Path, keep: int) -> Path | None:
         """Write a checkpoint; None when the disk refused it."""

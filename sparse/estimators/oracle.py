@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gossamer.kernels.blocks import block_of_token
+from gossamer.kernels.block_pool.op import block_mean
 from gossamer.sparse.layout import BlockLayout
 from gossamer.sparse.mask import BlockScores
 
@@ -23,15 +23,13 @@ class Oracle:
         rows = []
         for i, (query, key) in enumerate(zip(q.flatten(0, 1), k.flatten(0, 1), strict=True)):
             mass = (query.float() @ key.float().T * q.shape[-1] ** -0.5).softmax(-1)  # [Sq, Sk]
-            columns = _block_sum(mass.T, kv_offsets[i])  # [Nk, Sq]
-            rows.append(
-                _block_sum(columns.T, q_offsets[i]) / q_offsets[i].diff().clamp(min=1)[:, None]
-            )
+            columns = _means(mass.T, kv_offsets[i], kv_layout.block_size)  # [Nk, Sq]
+            columns = columns * kv_offsets[i].diff()[:, None]
+            rows.append(_means(columns.T, q_offsets[i], q_layout.block_size))
         score = torch.stack(rows).unflatten(0, heads)
         return BlockScores(q_layout, kv_layout, score)
 
 
-def _block_sum(x: Tensor, offsets: Tensor) -> Tensor:
-    """Sum x [S, W] over the rows of each block: [N, W]."""
-    block = torch.arange(offsets.numel() - 1, device=x.device)[:, None]
-    return (block_of_token(offsets, x.shape[0]) == block).to(x.dtype) @ x
+def _means(x: Tensor, offsets: Tensor, block_size: int) -> Tensor:
+    """Return the mean of x [S, W] over the rows of each block, [N, W]."""
+    return block_mean(x[None, None], offsets, block_size)[0, 0]

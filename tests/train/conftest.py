@@ -263,6 +263,20 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     launcher.close()
 
 
+@pytest.fixture(scope="module")
+def unbroken(
+    request: pytest.FixtureRequest,
+    lab: Lab,
+    launcher: Launcher,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Run:
+    """The run in one process, of the module's SETTINGS if it has any, that nothing disturbs."""
+    runs = tmp_path_factory.mktemp("unbroken")
+    done = launcher.run(lab.student(runs, **getattr(request.module, "SETTINGS", {})))
+    assert done.code == 0, done.text
+    return lab.run(runs)
+
+
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> Lab:
     lab = Lab(tmp_path_factory.mktemp("lab"))

@@ -5,6 +5,7 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ from gossamer.train.trackers import NoTracker
 
 STEPS = 16
 SETTINGS = {"steps": STEPS, "checkpoint_every": 100, "ema": 0.9, "num_workers": 1}
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Handle SIGINT as in a terminal: a shell that runs tests in the background ignores it."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
 
 
 def rows(runs: Path) -> int:
@@ -35,15 +44,6 @@ def assert_stopped(run: Any, after: int) -> None:
     assert run.newest.name == f"step-{len(run.losses)}"
     assert after <= len(run.losses) <= after + 2
     assert (run.folder / checkpoint.LOCK).read_text() == ""
-
-
-@pytest.fixture(scope="module")
-def unbroken(lab: Any, launcher: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The run that nothing disturbs."""
-    runs = tmp_path_factory.mktemp("unbroken")
-    done = launcher.run(lab.student(runs, **SETTINGS))
-    assert done.code == 0, done.text
-    return lab.run(runs)
 
 
 def test_a_run_and_its_data_workers_told_to_stop_twice_ends_as_the_unbroken_one(
@@ -152,6 +152,10 @@ def test_other_threads_and_ignored_signals_are_left_alone() -> None:
     try:
         with stoppable():
             inside.append(signal.getsignal(signal.SIGINT))
+        with stoppable() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            inside.append(signal.getsignal(signal.SIGINT))
+            stop.agree(stop.votes)
     finally:
         signal.signal(signal.SIGINT, old)
-    assert inside == [before, signal.SIG_IGN]
+    assert inside == [before, signal.SIG_IGN, signal.SIG_IGN]

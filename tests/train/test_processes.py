@@ -13,15 +13,6 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.multi
 
 
-@pytest.fixture(scope="module")
-def alone(lab: Any, launcher: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The run in one process."""
-    runs = tmp_path_factory.mktemp("alone")
-    done = launcher.run(lab.student(runs))
-    assert done.code == 0, done.text
-    return lab.run(runs)
-
-
 def assert_same(run: Any, alone: Any) -> None:
     """Require the losses within 1e-5 of each other, relative and absolute, and close weights."""
     mine, theirs = np.array(run.losses), np.array(alone.losses)
@@ -33,7 +24,7 @@ def assert_same(run: Any, alone: Any) -> None:
 
 
 def test_accelerate_launch_of_two_processes_gives_the_losses_of_one(
-    alone: Any, lab: Any, tmp_path: Path
+    unbroken: Any, lab: Any, tmp_path: Path
 ) -> None:
     options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
     command = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
@@ -46,7 +37,7 @@ def test_accelerate_launch_of_two_processes_gives_the_losses_of_one(
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert_same(lab.run(tmp_path / "runs"), alone)
+    assert_same(lab.run(tmp_path / "runs"), unbroken)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # of both processes
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["student"]
     assert done.stderr.count("calibrated in") == 1
@@ -63,9 +54,19 @@ def test_accumulation_in_two_processes_gives_the_losses_of_one(
     assert_same(lab.run(parts), lab.run(whole))
 
 
+def test_single_clips_in_two_processes_give_the_losses_of_single_clips_in_one(
+    lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert launcher.run(lab.student(one, grad_accumulation=4)).code == 0
+    overrides = lab.student(two, grad_accumulation=2)
+    assert [done.code for done in launcher.ranks(overrides)] == [0, 0]
+    assert_same(lab.run(two), lab.run(one))
+
+
 @pytest.mark.parametrize("first", ["one", "two"])
 def test_a_run_goes_on_in_another_number_of_processes(
-    first: str, alone: Any, lab: Any, launcher: Any, tmp_path: Path
+    first: str, unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
     overrides, fault = lab.student(tmp_path), (1, "after-rename")
     if first == "one":
@@ -76,13 +77,13 @@ def test_a_run_goes_on_in_another_number_of_processes(
         assert killed.code == -9 and left.code != 0  # and does not wait for ever
         done = [launcher.run(overrides)]
     assert all(one.code == 0 and "at step 4 of 8" in done[0].text for one in done)
-    assert_same(lab.run(tmp_path), alone)
+    assert_same(lab.run(tmp_path), unbroken)
 
 
 def test_a_refusal_of_the_first_process_ends_both_and_is_said_once(
-    alone: Any, lab: Any, launcher: Any
+    unbroken: Any, lab: Any, launcher: Any
 ) -> None:
-    first, second = launcher.ranks(lab.student(alone.folder.parent, steps=9))
+    first, second = launcher.ranks(lab.student(unbroken.folder.parent, steps=9))
     assert first.code == second.code == 2
     assert len(first.errors) == 1 and "steps: 8 -> 9" in first.errors[0]
     assert "Traceback" not in first.text and second.text == ""

@@ -26,15 +26,6 @@ EXPORTED = (
 )
 
 
-@pytest.fixture(scope="module")
-def unbroken(lab: Any, launcher: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The run that nothing disturbs."""
-    runs = tmp_path_factory.mktemp("unbroken")
-    done = launcher.run(lab.student(runs, **SETTINGS))
-    assert done.code == 0, done.text
-    return lab.run(runs)
-
-
 def kill_during_training(
     lab: Any, launcher: Any, runs: Path, after_rows: int, delay: float
 ) -> None:
