@@ -160,7 +160,7 @@ def check_splits(manifest: Manifest, folder: Path, stages: list[str]) -> None:
 
 
 def _check_channels(model: nn.Module, channels: int, condition: str) -> None:
-    expected = channels * (2 if condition == "first_frame" else 1)
+    expected = channels * (1 if condition == "none" else 2)
     takes, gives = model.config.in_channels, model.config.out_channels
     if takes != expected or gives != channels:
         raise Refusal(

@@ -2,17 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.sparse.attach import families
+from gossamer.train.condition import CONDITIONS, Condition
 from gossamer.train.refusal import Refusal
 from gossamer.train.weights import check_weights, load_whole
 
-Condition = Literal["none", "first_frame"]
-CONDITIONS = ("none", "first_frame")
 CONFIG_FILE = "config.json"
 
 
@@ -103,7 +102,7 @@ class ScratchWan:
         self._config = {
             "num_attention_heads": num_heads,
             "attention_head_dim": head_dim,
-            "in_channels": channels * (2 if condition == "first_frame" else 1),
+            "in_channels": channels * (1 if condition == "none" else 2),
             "out_channels": channels,
             "text_dim": text_dim,
             "freq_dim": 128,

@@ -1,4 +1,4 @@
-"""From text and a first frame to video: the sampler, the small pipeline, and loading an export."""
+"""From text and given frames to video: the sampler, the small pipeline, and loading an export."""
 
 import json
 from itertools import pairwise
@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from gossamer.sparse.attach import CONFIG_NAME, attach
 from gossamer.train.codec import Codec, load_codec
+from gossamer.train.condition import Condition, held_frames
 from gossamer.train.files import write_atomic
-from gossamer.train.model import Condition, velocity
+from gossamer.train.model import velocity
 from gossamer.train.noise import shift_levels
 from gossamer.train.refusal import Refusal
 from gossamer.train.text import HashedWords, TextEncoder
@@ -71,23 +72,27 @@ class LatentVideoPipeline:
         prompt: str = "",
         *,
         first_frame: Tensor | None = None,
+        last_frame: Tensor | None = None,
         frames: int = 16,
         height: int = 64,
         width: int = 128,
         steps: int = 20,
         seed: int = 0,
     ) -> Tensor:
-        """Return a video [3, F, H, W] in [-1, 1]; first_frame [3, H, W] in [-1, 1].
+        """Return a video [3, F, H, W] in [-1, 1]; the given frames [3, H, W] in [-1, 1].
 
-        Raises Refusal when the model wants a first frame and none is given.
+        Raises Refusal when the model wants a frame that is not given.
         """
         device = next(self.transformer.parameters()).device
         condition = None
-        if self.condition == "first_frame":
+        if self.condition != "none":
             if first_frame is None:
                 raise Refusal("first_frame", None, "a frame [3, H, W]", "pass the first frame")
-            held = first_frame[None, :, None].expand(1, 3, frames, height, width)
-            condition = self.codec.encode(held.to(device))
+            if self.condition == "first_last" and last_frame is None:
+                raise Refusal("last_frame", None, "a frame [3, H, W]", "pass the last frame")
+            last = first_frame if last_frame is None else last_frame
+            held = held_frames(self.condition, first_frame, last, frames)
+            condition = self.codec.encode(held[None].to(device))
         shape = self.codec.latent_shape(frames, height, width)
         generator = torch.Generator(device).manual_seed(seed)
         noise = torch.randn(1, *shape, generator=generator, device=device)

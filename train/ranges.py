@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from gossamer.train.condition import CONDITIONS
 from gossamer.train.refusal import Refusal
 from gossamer.train.suggest import nearest
 
@@ -20,8 +21,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "resume": ("auto", "force", "never"),
     "lora.layers": ("attention", "linear"),
     "export.lora": ("merged", "adapter"),
-    "data.condition": ("none", "first_frame"),
-    "model.condition": ("none", "first_frame"),
+    "data.condition": CONDITIONS,
+    "model.condition": CONDITIONS,
 }
 
 

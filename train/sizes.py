@@ -28,6 +28,6 @@ def checkpoint_size(cfg: DictConfig, trained: int) -> str:
 
 def clip_size(cfg: DictConfig, latent: tuple[int, int, int, int], text: TextEncoder) -> str:
     """Say what one encoded clip takes, in bf16."""
-    parts = 2 if cfg.data.condition == "first_frame" else 1
+    parts = 1 if cfg.data.condition == "none" else 2
     latents, words = 2 * parts * prod(latent) / 1e6, 2 * text.dim * text.length / 1e6
     return f"{latents:.3g} MB of latents, at most {words:.3g} MB of text"

@@ -48,7 +48,14 @@ def _encode_data(job: "Job") -> None:
     # Only while encoding: finished data may be read by many runs at once.
     lock = nullcontext() if Manifest.load(folder) else RunLock(folder, "data.dir")
     with lock:
-        manifest = encode(source, folder, codec=codec, text=text, **settings)  # type: ignore[arg-type]
+        manifest = encode(
+            source,
+            folder,
+            codec=codec,
+            text=text,
+            num_workers=max(2, job.cfg.num_workers),
+            **settings,
+        )  # type: ignore[arg-type]
     store_negative(job.cfg, text)
     check_splits(manifest, folder, job.stages)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gossamer.train.checkpoint import LOCK
 from gossamer.train.codec import Codec, PCACodec
+from gossamer.train.condition import Condition
 from gossamer.train.data.clips import evenly
 from gossamer.train.data.rows import RowWriter
 from gossamer.train.data.settings import EncodeSettings
@@ -46,7 +47,7 @@ def encode(
     fps: float | None = None,
     holdout: float = 0.3,
     min_motion: float = 0.3,
-    condition: str = "first_frame",
+    condition: Condition = "first_frame",
     augment: int = 0,
     max_clips: int | None = None,
     rows_per_shard: int = 256,
@@ -85,7 +86,7 @@ def encode(
         videos = Videos(items, settings, Path(scratch), num_workers)
         if isinstance(codec, PCACodec) and not codec.is_fitted:
             codec = _fit(codec, videos, seed)
-        writer = RowWriter(out, settings, codec, text, batch_size)
+        writer = RowWriter(out, settings, codec, text, batch_size, num_workers)
         for video in videos.opened(range(len(items))):
             writer.add(video)
         manifest = writer.finish(request)

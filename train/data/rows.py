@@ -4,14 +4,18 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from gossamer.train.codec import Codec
+from gossamer.train.condition import held_frames
 from gossamer.train.data.clips import Clip, with_copies
 from gossamer.train.data.settings import EncodeSettings
 from gossamer.train.data.shards import Manifest, Row, ShardWriter, to_bytes
@@ -21,16 +25,23 @@ from gossamer.train.refusal import Refusal
 from gossamer.train.text import TextEncoder
 
 BAD_SHARE = 0.05
+T = TypeVar("T")
 
 
 class RowWriter:
     """Takes one video after another; `finish` writes the manifest, or refuses."""
 
     def __init__(
-        self, out: Path, settings: EncodeSettings, codec: Codec, text: TextEncoder, batch_size: int
+        self,
+        out: Path,
+        settings: EncodeSettings,
+        codec: Codec,
+        text: TextEncoder,
+        batch_size: int,
+        num_workers: int,
     ) -> None:
         self._out, self._settings, self._codec, self._text = out, settings, codec, text
-        self._batch_size = batch_size
+        self._batch_size, self._num_workers = batch_size, max(1, num_workers)
         prints = {"codec": codec.fingerprint, "text": text.fingerprint}
         self._shards = ShardWriter(out, settings.rows_per_shard, prints)
         self._seen = 0
@@ -53,10 +64,16 @@ class RowWriter:
         text = self._text.encode([video.item.caption])[0]  # [L, dim]
         text = text[: int(text.any(1).nonzero().max()) + 1] if text.any() else text[:0]
         clips = with_copies(video.clips, self._settings.augment)
-        with tqdm(total=len(clips), desc=name, unit="clip", disable=None) as bar:
-            for start in range(0, len(clips), self._batch_size):
-                batch = clips[start : start + self._batch_size]
-                for row in self._rows(video, batch, text):
+        batches = (
+            clips[start : start + self._batch_size]
+            for start in range(0, len(clips), self._batch_size)
+        )
+        bar = tqdm(total=len(clips), desc=name, unit="clip", disable=None)
+        with bar, ThreadPoolExecutor(self._num_workers) as pool:
+            cut = partial(_cut, video, seed=self._settings.seed)
+            started = ((batch, [pool.submit(cut, clip) for clip in batch]) for batch in batches)
+            for batch, cuts in _one_ahead(started):
+                for row in self._rows(video, batch, [each.result() for each in cuts], text):
                     self._shards.add(row)
                     self._splits[row.split] += 1
                 bar.update(len(batch))
@@ -104,14 +121,18 @@ class RowWriter:
         manifest.save(self._out)
         return manifest
 
-    def _rows(self, video: Video, clips: list[Clip], text: Tensor) -> Iterator[Row]:
-        cuts = [video.pixels(clip, self._settings.seed) for clip in clips]
-        pixels = torch.stack([cut for cut, _ in cuts]).to(self._codec.device)  # [B, 3, F, H, W]
+    def _rows(
+        self, video: Video, clips: list[Clip], cuts: list["_Cut"], text: Tensor
+    ) -> Iterator[Row]:
+        # [B, 3, F, H, W]
+        pixels = torch.stack([cut.pixels for cut in cuts]).to(self._codec.device)
         latents = self._codec.encode(pixels)
         conditions: Tensor | None = None
-        if self._settings.condition == "first_frame":
-            conditions = self._codec.encode(pixels[:, :, :1].expand_as(pixels))
-        for index, (clip, (cut, augment)) in enumerate(zip(clips, cuts, strict=True)):
+        if self._settings.condition != "none":
+            first, last = pixels[:, :, 0], pixels[:, :, -1]
+            held = held_frames(self._settings.condition, first, last, pixels.shape[2])
+            conditions = self._codec.encode(held)
+        for index, (clip, cut) in enumerate(zip(clips, cuts, strict=True)):
             latent = latents[index]
             if not latent.isfinite().all():
                 raise Refusal(
@@ -132,7 +153,7 @@ class RowWriter:
                 shot_start=clip.shot.start,
                 shot_end=clip.shot.end,
                 split=clip.split,
-                augment=augment,
+                augment=cut.augment,
                 latent=to_bytes(latent),
                 latent_shape=list(latent.shape),
                 condition=to_bytes(condition),
@@ -140,13 +161,32 @@ class RowWriter:
                 text=to_bytes(text),
                 text_shape=list(text.shape),
                 prompt=video.item.caption,
-                content_sha256=_pixel_hash(cut),
+                content_sha256=cut.sha256,
             )
 
 
-def _pixel_hash(video: Tensor) -> str:
-    pixels = video.add(1).mul_(127.5).round_().to(torch.uint8)
-    return hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest()
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Cut:
+    """A clip as float [3, F, H, W] in [-1, 1], what was done to it, its hash as uint8."""
+
+    pixels: Tensor
+    augment: str
+    sha256: str
+
+
+def _cut(video: Video, clip: Clip, *, seed: int) -> _Cut:
+    pixels, augment = video.pixels(clip, seed)
+    frames = pixels.add(1).mul_(127.5).round_().to(torch.uint8).contiguous().numpy()
+    return _Cut(pixels, augment, hashlib.sha256(frames.tobytes()).hexdigest())
+
+
+def _one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """Yield the items, each after the next one was asked for."""
+    previous: list[T] = []
+    for item in items:
+        yield from previous
+        previous = [item]
+    yield from previous
 
 
 def _write_lines(path: Path, entries: list[dict]) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from gossamer.train.condition import CONDITIONS, Condition
 from gossamer.train.refusal import Refusal
 
 
@@ -16,7 +17,7 @@ class EncodeSettings:
     fps: float | None = None
     holdout: float = 0.3
     min_motion: float = 0.3
-    condition: str = "first_frame"
+    condition: Condition = "first_frame"
     augment: int = 0
     max_clips: int | None = None
     rows_per_shard: int = 256
@@ -30,9 +31,11 @@ class EncodeSettings:
         )
         self._require("holdout", 0 <= self.holdout < 1, "0 up to, not with, 1", "use e.g. 0.3")
         self._require("min_motion", 0 <= self.min_motion <= 255, "0 to 255", "use e.g. 0.3")
-        allowed = ("first_frame", "none")
         self._require(
-            "condition", self.condition in allowed, " or ".join(allowed), "name one of them"
+            "condition",
+            self.condition in CONDITIONS,
+            " or ".join(CONDITIONS),
+            "name one of them",
         )
         self._require("augment", self.augment >= 0, ">= 0", "0 makes no copies")
         self._require(

@@ -74,6 +74,18 @@ def test_rows_are_what_the_saved_codec_makes_of_the_decoded_frames(
         assert row["content_sha256"] == hashlib.sha256(clip.contiguous().numpy()).hexdigest()
 
 
+def test_a_clip_between_two_frames_holds_each_for_half_of_it(film: Path, tmp_path: Path) -> None:
+    run(film, tmp_path / "data", condition="first_last")
+    codec = load_codec(tmp_path / "data" / "codec")
+    frames = read_video(film, height=32, width=48, scratch=tmp_path).frames
+    for row in rows(tmp_path / "data"):
+        clip = torch.tensor(frames[row["start"] : row["start"] + 4]).permute(3, 0, 1, 2)
+        video = (clip[:, [0, 0, 3, 3]].float() / 127.5 - 1)[None]
+        condition = from_bytes(row["condition"], row["condition_shape"])
+        held = codec.encode(video)[0].bfloat16().float()
+        torch.testing.assert_close(condition, held, atol=2e-2, rtol=1e-2)
+
+
 def test_the_codec_is_fitted_on_train_clips_only(make_video: Callable, tmp_path: Path) -> None:
     prints = []
     for name, levels in (("a", (8, 8)), ("b", (8, 12))):
