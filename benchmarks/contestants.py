@@ -1,6 +1,6 @@
 """The contestants: dense SDPA, compiled FlexAttention and this package's ops, one entry each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -15,8 +15,13 @@ from gossamer.kernels.block_sparse_attention.op import BACKENDS, block_sparse_at
 from gossamer.kernels.blocks import Blocks
 from gossamer.kernels.compensated_attention.op import compensated_attention
 from gossamer.kernels.dense_attention.op import dense_attention
+from gossamer.kernels.quantized import Quantized
 from gossamer.kernels.quantized_attention.op import BACKENDS as QUANTIZED_BACKENDS
-from gossamer.kernels.quantized_attention.op import quantized_block_sparse_attention
+from gossamer.kernels.quantized_attention.op import (
+    attend_quantized,
+    quantize,
+    quantized_block_sparse_attention,
+)
 from gossamer.sparse.mask import BlockMask
 
 Attend = Callable[..., Tensor]
@@ -46,7 +51,8 @@ class Contestant:
     """One way to compute attention.
 
     `attend` takes q, k, v [B, H, S, D] and what `prepare` made of the mask and returns out; `truth`
-    takes Blocks instead and is the plain PyTorch it is checked against.
+    takes Blocks instead and is the plain PyTorch it is checked against. `ready` turns k, v and what
+    was prepared into what `attend` takes, before any time is taken.
     """
 
     name: str
@@ -56,6 +62,13 @@ class Contestant:
     is_dense: bool = False
     has_gradient: bool = True
     tolerance: float | None = None  # allowed relative error; None: what the dtype gives
+    ready: Callable[[Tensor, Tensor, Any], Any] | None = None
+
+    def arguments(self, mask: BlockMask, leaves: Sequence[Tensor]) -> Any:
+        """Return what `attend` takes after q, k, v."""
+        _, k, v = leaves
+        prepared = self.prepare(mask, k.shape[2])
+        return prepared if self.ready is None else self.ready(k.detach(), v.detach(), prepared)
 
 
 def sparse(backend: str) -> Contestant:
@@ -70,6 +83,21 @@ def compensated(backend: str) -> Contestant:
 def quantized(backend: str, qk: str) -> Contestant:
     attend = partial(_quantized, backend=backend, qk=qk)
     return Contestant(f"{backend}-{qk}", attend, _sparse, has_gradient=False, tolerance=0.1)
+
+
+def ready_quantized(backend: str, qk: str) -> Contestant:
+    """Return the one whose k and v are quantized beforehand, as where they serve several calls."""
+
+    def ready(k: Tensor, v: Tensor, blocks: Blocks) -> tuple[Blocks, Quantized]:
+        return blocks, quantize(k, v, blocks, qk=qk, backend=backend)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, given: tuple[Blocks, Quantized]) -> Tensor:
+        blocks, quantized = given
+        return attend_quantized(q, quantized, blocks, backend=backend)[0]
+
+    return Contestant(
+        f"{backend}-{qk}-ready", attend, _sparse, has_gradient=False, tolerance=0.1, ready=ready
+    )
 
 
 def dense(name: str, backend: SDPBackend) -> Contestant:
@@ -120,7 +148,12 @@ CONTESTANTS = {
         dense("dense-flash", SDPBackend.FLASH_ATTENTION),
         *(sparse(backend) for backend in _OURS),
         *(compensated(backend) for backend in _OURS),
-        *(quantized(backend, qk) for backend in _OURS_QUANTIZED for qk in ("int8", "fp8")),
+        *(
+            make(backend, qk)
+            for make in (quantized, ready_quantized)
+            for backend in _OURS_QUANTIZED
+            for qk in ("int8", "fp8")
+        ),
         Contestant("flex", _flex, _sparse, prepare=flex_mask),
     )
 }

@@ -168,7 +168,7 @@ class Runner:
         phases: tuple[str, ...] = ("forward", *_NEEDS_GRADIENT)
         try:
             with torch.set_grad_enabled(contestant.has_gradient):
-                out = contestant.attend(*leaves, contestant.prepare(mask, CHECK_TOKENS))
+                out = contestant.attend(*leaves, contestant.arguments(mask, leaves))
             self._compare(contestant, check, phases, {"out": (out, exact_out)})
             phases = _NEEDS_GRADIENT
             if not contestant.has_gradient:
@@ -307,7 +307,7 @@ class _Runs:
         return run
 
     def _prepared(self) -> object:
-        return None if self.given is None else self.contestant.prepare(self.given, self.tokens)
+        return None if self.given is None else self.contestant.arguments(self.given, self.leaves)
 
     def _build(self) -> object:
         q, k, v = (leaf.detach() for leaf in self.leaves)
