@@ -121,8 +121,14 @@ class Launcher:
         path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._server = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("launcher.py")],
-            # one thread: for tiny tensors, several mostly wait for each other on a busy machine
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
+            # No GPU: its jobs run on the CPU, and a fork cannot use CUDA. One thread: for tiny
+            # tensors, several mostly wait for each other on a busy machine.
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(path),
+                "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

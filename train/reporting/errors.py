@@ -214,7 +214,7 @@ def _dense_headline(figures: dict[str, Any]) -> Html:
         rows.append(("samples against the real clips", f"{figures['psnr_to_real']:.2f} dB PSNR"))
     if figures["repeat_first_psnr"] is not None:
         repeated = f"{figures['repeat_first_psnr']:.2f} dB PSNR"
-        rows.append(("the first frame repeated, against the real clips", repeated))
+        rows.append(("the given frames held, against the real clips", repeated))
     rows.append(("device", figures["device"] or "not recorded"))
     scope = "Losses are means over the noise levels."
     table = page.table(("measure", "value"), rows, scope)
