@@ -130,7 +130,8 @@ def sample_videos(
 
     Writes clip-K.npz with uint8 [F, H, W, 3] under each model's name and `real`. The lists are
     the PSNR in dB of each model to the real clip ("real/<name>") and, where a model is named
-    teacher, to its sample ("teacher/<name>"), and of holding the frames that the models are given ("real/repeat").
+    teacher, to its sample ("teacher/<name>"), and of holding the frames that the models are given
+    ("real/repeat").
     """
     others = [name for name in models if name != "teacher" and "teacher" in models]
     if not clips:
