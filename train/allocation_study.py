@@ -37,7 +37,6 @@ ALLOCATIONS: dict[str, Allocation] = {
     "water_fill output": WaterFill(measure="output"),
     "water_fill fisher": WaterFill(measure="fisher"),
     "velocity": WaterFill(measure="velocity"),
-    "velocity split": WaterFill(measure="velocity", splits=(1.0, 0.75, 0.5)),
     "velocity exact": WaterFill(measure="velocity_exact"),
 }
 PER_LEVEL = "velocity per level"
@@ -82,7 +81,7 @@ def _measure(job: Job, options: argparse.Namespace) -> Iterator[tuple[str, float
     for repeat in range(options.repeats):
         order = torch.randperm(num_clips, generator=torch.Generator().manual_seed(repeat))
         calibrator = job.calibrator(teacher, order[: job.cfg.calibration.clips].tolist())
-        calibrator.seed = repeat
+        calibrator.gauge.seed = repeat
         by_level = [_of_level(calibrator, level) for level in range(len(levels))]
         for arm in options.arms:
             for sparsity in options.sparsity:
@@ -126,19 +125,20 @@ def _published(
 
 def _of_level(calibrator: Calibrator, level: int) -> Calibrator:
     """Return a calibrator of one noise level alone."""
+    gauge = calibrator.gauge
     samples = [
         Sample(0, s.x, s.t, s.text, s.condition, s.target)
-        for s in calibrator.samples
+        for s in gauge.samples
         if s.level == level
     ]
     return Calibrator(
-        calibrator.teacher,
+        gauge.teacher,
         calibrator.method,
         samples,
-        noise_levels=[calibrator.noise_levels[level]],
-        densities=calibrator.densities,
-        probes=calibrator.probes,
-        seed=calibrator.seed,
+        noise_levels=[gauge.noise_levels[level]],
+        densities=gauge.densities,
+        probes=gauge.probes,
+        seed=gauge.seed,
     )
 
 

@@ -223,6 +223,8 @@ def _check_sparsity(
 ) -> dict[str, Any]:
     spec = {n: build(cfg[n]) for n in ("layout", "estimator", "policy", "compensation")}
     method = method_from_spec({**spec, "backend": cfg.backend})
+    if not isinstance(build(cfg.allocation), Fixed):
+        _refuse_drifting(method)
     num_q, num_kv = method.layout.num_blocks(grid)
     most = _most_sparsity(cfg, method, num_kv)
     if cfg.sparsity is not None and cfg.sparsity > most + 1e-9:
@@ -246,6 +248,18 @@ def _check_sparsity(
         "blocks": f"{num_q} x {num_kv} {of}",
         **{name: cfg[name] for name in ("sparsity", "error_budget") if cfg[name] is not None},
     }
+
+
+def _refuse_drifting(method: SparseMethod) -> None:
+    """Refuse budgets that calibration cannot keep: clips differ in the sizes of their clusters."""
+    policy = method.policy
+    if method.layout.block_shape is None and getattr(policy, "unit", "tokens") == "blocks":
+        raise Refusal(
+            "policy.unit",
+            "blocks",
+            "tokens with blocks of any size (clusters), whose share of blocks is no density",
+            "set policy.unit=tokens, or allocation=fixed to take the density as it comes",
+        )
 
 
 def _most_sparsity(cfg: DictConfig, method: SparseMethod, num_blocks: int) -> float:
