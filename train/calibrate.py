@@ -16,6 +16,7 @@ from gossamer.sparse.allocation import Allocation, Fixed, Measure, choose_layout
 from gossamer.sparse.attention import SparseMethod
 from gossamer.sparse.layouts.clusters import Clusters
 from gossamer.sparse.layouts.per_head import CLUSTERS, PerHead
+from gossamer.sparse.policies import Hybrid
 from gossamer.sparse.token_share import TokenHybrid
 from gossamer.train.calibration import Calibration
 from gossamer.train.gauge import Gauge, Measured, Outcome
@@ -92,16 +93,15 @@ class Calibrator:
             worth = allocation.worth(found.curves)
             if error_budget is not None:
                 target = self._density_of(error_budget, worth, found)
-            counts, bound = self._give_out(worth, found, target)
-            k = (counts / found.num_blocks).float()
-            p = torch.zeros_like(k)
+            k = self._budgets(worth, found, target)
             if not self.method.policy.counts_blocks:
                 if error_budget is None:
-                    k = self._met(k, target)
+                    k = self._met(worth, found, target)
                 else:
                     target = float(self.gauge.density(k).mean())
+            p = torch.zeros_like(k)
             if allocation.measure is not None:
-                chosen["bound"] = bound
+                chosen["bound"] = give_out(worth, found.density.flatten(0, 1), target=target)[1]
             curve_densities = (found.points / found.num_blocks).tolist()
             curve_error = _rounded(found.error)
         outcome = self.gauge.outcome(k, p, allocation.measure)
@@ -172,7 +172,7 @@ class Calibrator:
         low, high = float(found.density[..., 0].mean()), 1.0
 
         def meets(density: float) -> bool:
-            k = (self._give_out(worth, found, density)[0] / found.num_blocks).float()
+            k = self._budgets(worth, found, density)
             return float(self.gauge.sparse_error(k, torch.zeros_like(k)).mean()) <= error_budget
 
         if meets(low):
@@ -182,37 +182,39 @@ class Calibrator:
             low, high = (low, middle) if meets(middle) else (middle, high)
         return high
 
-    def _give_out(self, worth: Tensor, found: Measured, target: float) -> tuple[Tensor, float]:
-        """Return each head's number of blocks [L, H], and the bound that decided it."""
+    def _budgets(self, worth: Tensor, found: Measured, target: float) -> Tensor:
+        """Return each head's share of blocks [L, H]; Refusal where a block a row is too much."""
         least = float(found.density[..., 0].mean())
-        if least > target + CLOSE:
+        if least > target + 1 / (found.density.numel() * 2):
             raise Refusal(
                 "sparsity",
                 f"{1 - target:.6g}",
                 f"at most {1 - least:.4f} with {found.num_blocks} blocks a row (one must stay)",
                 "lower it or make the blocks smaller",
             )
-        counts, bound = give_out(worth, found.density.flatten(0, 1), target=target)
-        return counts.view(len(self.gauge.layers), self.gauge.heads), bound
+        counts, _ = give_out(worth, found.density.flatten(0, 1), target=max(target, least))
+        return (counts.view(found.density.shape[:2]) / found.num_blocks).float()
 
-    def _met(self, k: Tensor, target: float) -> Tensor:
-        """Scale all k [L, H] alike until the mean density is the target; Refusal if none is."""
-        best, least, slope = k, float("inf"), 1.0
-        last: tuple[float, float] | None = None
-        log_scale = 0.0
+    def _met(self, worth: Tensor, found: Measured, target: float) -> Tensor:
+        """Return k [L, H] whose masks have the target density, measured; Refusal if none has.
+
+        In token pairs all k are scaled alike. In blocks a whole one goes to or from a head, until
+        less than a block of one head is missing.
+        """
+        counts_pairs, num_heads = _counts_pairs(self.method.policy), worth.shape[0]
+        close = CLOSE if counts_pairs else max(CLOSE, 1 / (found.num_blocks * num_heads))
+        start = self._budgets(worth, found, target)
+        aim, best, nearest = target, start, 0.0
         for _ in range(CORRECTIONS):
-            now = (k.double() * torch.tensor(log_scale).exp()).clamp(max=1).float()
-            density = float(self.gauge.density(now).mean())
-            if abs(density - target) < least:
-                best, least, nearest = now, abs(density - target), density
-            if least < CLOSE / 10:
+            k = start * (aim / target) if counts_pairs else self._budgets(worth, found, aim)
+            k = k.clamp(max=1)
+            density = float(self.gauge.density(k).mean())
+            if abs(density - target) < abs(nearest - target):
+                best, nearest = k, density
+            if abs(density - target) < close / 10:
                 break
-            here = torch.tensor(density / target).log().item()
-            if last is not None and last[0] != log_scale:
-                slope = min(max((here - last[1]) / (log_scale - last[0]), 0.2), 2.0)
-            last = log_scale, here
-            log_scale -= here / slope
-        if least > CLOSE:
+            aim = aim * target / density if counts_pairs else max(aim + target - density, 1e-6)
+        if abs(nearest - target) > close:
             raise Refusal(
                 "sparsity",
                 f"{1 - target:.6g}",
@@ -223,12 +225,11 @@ class Calibrator:
 
     def _describe(self, outcome: Outcome) -> dict[str, Any]:
         """Return the figures that say what was chosen."""
-        layout, grid, policy = self.method.layout, self.gauge.grid, self.method.policy
-        counts_pairs = isinstance(policy, TokenHybrid) or getattr(policy, "unit", "") == "tokens"
+        layout, grid = self.method.layout, self.gauge.grid
         facts: dict[str, Any] = {
             "lowest_density": float(outcome.density.min()),
             "highest_density": float(outcome.density.max()),
-            "counts": "token pairs" if counts_pairs else "blocks of a row",
+            "counts": "token pairs" if _counts_pairs(self.method.policy) else "blocks of a row",
             "layout": type(layout).__name__,
             "blocks": list(layout.num_blocks(grid)),
             "block_shape": layout.block_shape and list(layout.block_shape),
@@ -242,6 +243,10 @@ class Calibrator:
             by_level = outcome.error.sum((0, 1))
             facts["level_ratio"] = float(by_level.max() / by_level.min().clamp(min=1e-30))
         return facts
+
+
+def _counts_pairs(policy: Hybrid) -> bool:
+    return isinstance(policy, TokenHybrid) or getattr(policy, "unit", "blocks") == "tokens"
 
 
 def _rounded(x: Tensor) -> Any:

@@ -12,6 +12,8 @@ from gossamer.sparse.allocation import Fixed
 from gossamer.sparse.attach import family_of, method_from_spec
 from gossamer.sparse.attention import SparseMethod, check_backend
 from gossamer.sparse.layout import TokenGrid
+from gossamer.sparse.policies import TrainedHybrid
+from gossamer.sparse.token_share import TokenHybrid
 from gossamer.train.calibration import CALIBRATION
 from gossamer.train.check_teacher import check_teacher
 from gossamer.train.codec import Codec
@@ -253,12 +255,15 @@ def _check_sparsity(
 def _refuse_drifting(method: SparseMethod) -> None:
     """Refuse budgets that calibration cannot keep: clips differ in the sizes of their clusters."""
     policy = method.policy
-    if method.layout.block_shape is None and getattr(policy, "unit", "tokens") == "blocks":
+    if method.layout.block_shape is not None or isinstance(policy, TokenHybrid | TrainedHybrid):
+        return
+    if getattr(policy, "unit", "blocks") == "blocks":
         raise Refusal(
-            "policy.unit",
-            "blocks",
-            "tokens with blocks of any size (clusters), whose share of blocks is no density",
-            "set policy.unit=tokens, or allocation=fixed to take the density as it comes",
+            "policy",
+            f"{type(policy).__name__} in blocks",
+            "token_hybrid, error_budget with policy.unit=tokens, or trained_hybrid, with blocks of "
+            "any size (clusters): a share of blocks is no density",
+            "set policy=token_hybrid, or allocation=fixed to take the density as it comes",
         )
 
 

@@ -16,6 +16,7 @@ from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
 from gossamer.train.evaluate import measure_masks, noisy_samples, velocities
 from gossamer.train.job import run
 from gossamer.train.refusal import Refusal
+from gossamer.train.stages import REPORT
 
 LEVELS = [0.7, 0.3]
 BLOCKS = 32  # a row of the tiny teacher
@@ -231,6 +232,7 @@ def test_calibrate_says_what_it_chose_and_draws_each_head_and_level(
     names = {path.name for path in (tmp_path / "student" / "calibration").iterdir()}
     assert names == {
         CALIBRATION,
+        REPORT,
         *(f"{n}{d}.png" for n in ("mass", "error") for d in ("", "-dark")),
     }
 
