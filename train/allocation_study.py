@@ -7,7 +7,7 @@ With --methods the arms are the published methods as `attach(pipe, method=...)` 
 calibrated, each head with the same budget; --block is the tokens of a q and a kv block or cluster.
 Each repeat calibrates on other training clips with other probes. `velocity per level` has budgets
 for each noise level alone, which a run cannot use yet: it shows what noise-level bins would gain.
-The data must be encoded (`gossamer encode`).
+The data is encoded first, unless it is there.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from gossamer.train.evaluate import evenly, noisy_samples, velocities
 from gossamer.train.job import Job, make_accelerator
 from gossamer.train.measures import Sample
 from gossamer.train.model import velocity
+from gossamer.train.stages import encode_stage
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def main(arguments: list[str]) -> int:
         options.arms = [*NAMES]
     cfg = compose(options.overrides)
     job = Job(cfg, make_accelerator(cfg), [])
+    encode_stage(job)
     found: dict[tuple[str, float], list[tuple[float, float]]] = {}
     with job.autocast():
         for arm, sparsity, error, density in _measure(job, options):
