@@ -54,15 +54,15 @@ def _of_head(
 ) -> Tensor:
     scale = q.shape[1] ** -0.5
     row, column = block_of_token(q_offsets, len(q)), block_of_token(kv_offsets, len(k))
-    if q_blocks is not None:
-        place = (torch.arange(q_blocks, device=q.device) + 0.5) * (len(q) / q_blocks)
-        is_looked_at = torch.isin(row, row[place.long()])
-        q, row = q[is_looked_at], row[is_looked_at]
-    is_open = ~selected[row][:, column]
     mean_q, mean_k = (
         block_mean(x[None, None], offsets, len(x))[0, 0, block]  # of each token's block
         for x, offsets, block in ((q, q_offsets, row), (k, kv_offsets, column))
     )
+    if q_blocks is not None:
+        place = (torch.arange(q_blocks, device=q.device) + 0.5) * (len(q) / q_blocks)
+        looked_at = torch.isin(row, row[place.long()]).nonzero()[:, 0]
+        q, row, mean_q = (x[looked_at] for x in (q, row, mean_q))
+    is_open = ~selected[row][:, column]
     logits = q @ k.T * scale
     lse = logits.logsumexp(-1, keepdim=True)
     filled = torch.where(is_open, q @ mean_k.T * scale, logits)
