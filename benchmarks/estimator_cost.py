@@ -1,6 +1,6 @@
 """What each way to a block mask costs beside the sparse attention it serves, on a GPU.
 
-    python benchmarks/estimator_cost.py [--shape A] [--sparsity 0.95] [--out runs/estimator_cost]
+    python -m gossamer.benchmarks.estimator_cost [--shape A] [--sparsity 0.95] [--out ...]
 
 From q, k, v in sequence order to the index lists: layout (clusters go on from the step before),
 permutation, estimator, policy and lists; then attention forward in the layout's blocks. Times are
@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
         except (ValueError, torch.OutOfMemoryError) as error:
             rows.append({"method": name, "error": str(error).splitlines()[0]})
         sys.stderr.write(f"{rows[-1]}\n")
-    command = shlex.join(["python", "benchmarks/estimator_cost.py", *arguments])
+    command = shlex.join(["python", "-m", "gossamer.benchmarks.estimator_cost", *arguments])
     header = environment(command, options.commit)
     options.out.mkdir(parents=True, exist_ok=True)
     results = {**header, "dense_ms": dense, "rows": rows}

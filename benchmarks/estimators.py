@@ -1,8 +1,7 @@
 """Attention error against density of every estimator, and which probe foresees the error.
 
-    python benchmarks/estimators.py                  # both data sets; minutes on a CPU
-    python benchmarks/estimators.py --device cuda
-    python benchmarks/estimators.py --data synthetic --out runs/estimators
+    python -m gossamer.benchmarks.estimators --device cuda --every 2 --plot docs/estimators.png
+    python -m gossamer.benchmarks.estimators --data synthetic --problems 1 --every 4  # on a CPU
 
 Writes estimators.md and estimators.json to --out and a plot to --plot. Every method gets its
 density by bisection of one p for all heads (a quarter of the density as Top-k floor), or by k.
@@ -14,8 +13,9 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +130,11 @@ def layouts_for(tokens: int, cold_iterations: int = 10) -> dict[str, Layout]:
     }
 
 
-def curves(problems: list[Problem]) -> dict[str, list[dict[str, float]]]:
+def curves(
+    problems: list[Problem], densities: Sequence[float]
+) -> dict[str, list[dict[str, float]]]:
     """Return for each method, at each density, the errors meaned over problems and heads."""
-    found: dict[str, list[list[Errors]]] = {m.name: [[] for _ in DENSITIES] for m in METHODS}
+    found: dict[str, list[list[Errors]]] = {m.name: [[] for _ in densities] for m in METHODS}
     for problem in problems:
         placed = {}
         for name, layout in layouts_for(problem.grid.num_tokens).items():
@@ -141,7 +143,7 @@ def curves(problems: list[Problem]) -> dict[str, list[dict[str, float]]]:
         for method in METHODS:
             inner = placed[method.layout]
             scores = method.estimator(*inner)
-            for d, density in enumerate(DENSITIES):
+            for d, density in enumerate(densities):
                 mask = method.choose(scores, density)
                 errors = errors_of(*inner[:3], mask, compensated=method.compensated)
                 found[method.name][d].append(errors)
@@ -207,7 +209,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--data", default="synthetic,captured")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clips", type=int, default=1)
-    parser.add_argument("--every", type=int, default=1, help="take each n-th head of the teacher")
+    parser.add_argument("--every", type=int, default=1, help="take each n-th head")
+    parser.add_argument("--problems", type=int, default=None, help="take the first n of each data")
+    parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
     parser.add_argument("--encoded", type=Path, default=Path("runs/estimators/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/estimators"))
     parser.add_argument("--plot", type=Path, default=None)
@@ -215,26 +219,27 @@ def main(arguments: list[str]) -> int:
     device = torch.device(options.device)
     start, data = time.monotonic(), {}
     for name in options.data.split(","):
-        problems = list(
-            synthetic(device)
+        found = (
+            synthetic(device, every=options.every)
             if name == "synthetic"
             else captured(device, options.encoded, clips=options.clips, every=options.every)
         )
+        problems = list(islice(found, options.problems))
         heads = sum(p.q.shape[1] for p in problems)
         data[name] = {
             "problems": len(problems),
             "heads": heads,
-            "curves": curves(problems),
+            "curves": curves(problems, options.densities),
             "correlations": correlations(problems),
             "rounds": rounds(problems),
         }
     is_gpu = device.type == "cuda"
     machine = torch.cuda.get_device_name(device) if is_gpu else f"{platform.machine()} CPU"
     results = {
-        "command": shlex.join(["python", "benchmarks/estimators.py", *arguments]),
+        "command": shlex.join(["python", "-m", "gossamer.benchmarks.estimators", *arguments]),
         "machine": f"{machine}, torch {torch.__version__}",
         "seconds": time.monotonic() - start,
-        "densities": DENSITIES,
+        "densities": options.densities,
         "data": data,
     }
     options.out.mkdir(parents=True, exist_ok=True)

@@ -25,8 +25,11 @@ class Problem:
     grid: TokenGrid
 
 
-def synthetic(device: torch.device, *, seeds: int = 3) -> Iterator[Problem]:
-    """Yield tokens around 24 centers of q and 48 of k in each head, at random places."""
+def synthetic(device: torch.device, *, seeds: int = 3, every: int = 1) -> Iterator[Problem]:
+    """Yield tokens around 24 centers of q and 48 of k in each head, at random places.
+
+    Of the heads, each `every`-th is taken.
+    """
     grid, heads, dim = TokenGrid(8, 8, 16), 4, 32
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(seed)
@@ -40,7 +43,7 @@ def synthetic(device: torch.device, *, seeds: int = 3) -> Iterator[Problem]:
         q, k = around(24, 0.5), around(48, 0.5)
         v = k @ torch.randn(1, heads, dim, dim, generator=generator) * dim**-0.5
         v = v + 0.5 * torch.randn(v.shape, generator=generator)
-        q, k, v = (x.to(device) for x in (q, k, v))
+        q, k, v = (x[:, ::every].to(device) for x in (q, k, v))
         yield Problem(f"synthetic, seed {seed}", q, k, v, grid)
 
 

@@ -4,7 +4,6 @@ Every rule says what the next block of each head is worth, and blocks are given 
 of worth until the budget is used: one number, the worth of the last block, decides all budgets.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -30,13 +29,9 @@ class Curves:
 
 
 class Allocation(Protocol):
-    """A rule for the budgets, and the error it needs measured (None: no error at all).
-
-    `splits` are the shares of a head's budget to try as Top-k, Top-p filling the rest.
-    """
+    """A rule for the budgets, and the error it needs measured (None: no error at all)."""
 
     measure: Measure | None
-    splits: tuple[float, ...]
 
     def worth(self, curves: Curves) -> Tensor:
         """Return what the next block is worth [H, N - 1]; it never rises along a head."""
@@ -46,7 +41,6 @@ class Uniform:
     """The same budget for every head, within one block."""
 
     measure: Measure | None = None
-    splits: tuple[float, ...] = (1.0,)
 
     def worth(self, curves: Curves) -> Tensor:
         rank = torch.arange(1, curves.density.shape[1], dtype=torch.float64)
@@ -61,7 +55,6 @@ class EqualError:
     """
 
     measure: Measure | None
-    splits: tuple[float, ...] = (1.0,)
 
     def __init__(self, *, measure: Measure = "relative_l1") -> None:
         self.measure = _known(measure)
@@ -80,13 +73,9 @@ class WaterFill:
     """
 
     measure: Measure | None
-    splits: tuple[float, ...]
 
-    def __init__(self, *, measure: Measure = "velocity", splits: Sequence[float] = (1.0,)) -> None:
+    def __init__(self, *, measure: Measure = "velocity") -> None:
         self.measure = _known(measure)
-        if not splits or not all(0 <= share <= 1 for share in splits):
-            raise ValueError(f"splits={splits}: allowed are shares from 0 to 1; e.g. [1.0, 0.5]")
-        self.splits = tuple(splits)
 
     def worth(self, curves: Curves) -> Tensor:
         worth = []
@@ -101,7 +90,6 @@ class Fixed:
     """No choice: every head keeps the policy's own k and p, as published recipes do."""
 
     measure: Measure | None = None
-    splits: tuple[float, ...] = (1.0,)
 
     def worth(self, curves: Curves) -> Tensor:
         raise ValueError("allocation=fixed: it has no budget to give; choose another allocation")

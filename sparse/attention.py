@@ -15,6 +15,7 @@ from gossamer.sparse.codebooks import Codebooks
 from gossamer.sparse.gates import Band, Gate, Gated, find_band
 from gossamer.sparse.layout import BlockLayout, Layout, TokenGrid, permute_qkv
 from gossamer.sparse.layouts.clusters import Clusters
+from gossamer.sparse.layouts.per_head import PerHead
 from gossamer.sparse.mask import BlockMask, BlockScores, keep_text
 from gossamer.sparse.policies import Hybrid
 
@@ -85,8 +86,8 @@ class SparseAttention(nn.Module):
         self.mask: BlockMask | None = None
         self.band: Band | None = None
         self.is_dense = False  # in this forward
-        layout = self.layout
-        self.codebooks = Codebooks(layout) if isinstance(layout, Clusters) else None
+        clusters = getattr(self.layout, "clusters", self.layout)
+        self.codebooks = Codebooks(clusters) if isinstance(clusters, Clusters) else None
 
     @property
     def learning(self) -> list[Gated]:
@@ -116,7 +117,7 @@ class SparseAttention(nn.Module):
         if self.is_dense:
             return dense_attention(q, k, v)
         if self.mask is None:
-            q_layout, kv_layout = (self.codebooks or self.layout)(q, k, v, grid)
+            q_layout, kv_layout = self._group(q, k, v, grid)
         else:
             q_layout, kv_layout = self.mask.q_layout, self.mask.kv_layout
         q, k, v = permute_qkv(q_layout, kv_layout, q, k, v)
@@ -125,6 +126,13 @@ class SparseAttention(nn.Module):
         assert self.mask is not None
         gate = self._gate(q, k, self.mask) if torch.is_grad_enabled() else None
         return q_layout.unpermute(self.attend(q, k, v, self.mask, gate))
+
+    def _group(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid
+    ) -> tuple[BlockLayout, BlockLayout]:
+        if isinstance(self.layout, PerHead):
+            return self.layout(q, k, v, grid, self.codebooks)
+        return (self.codebooks or self.layout)(q, k, v, grid)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, gate: Gate | None = None

@@ -27,6 +27,8 @@ class ErrorBudget(Hybrid):
     unit "tokens" makes k the share of a head's token pairs, whatever the block sizes; p is then 0.
     """
 
+    counts_blocks = False
+
     def __init__(
         self,
         *,

@@ -36,6 +36,11 @@ class BlockMask:
         kept = (self.selected.double() @ kv_sizes[..., None]).squeeze(-1)  # [B, H, Nq]
         return (kept * q_sizes).sum(-1) / (q_sizes.sum(-1) * kv_sizes.sum(-1))
 
+    def of_first(self, samples: int) -> "BlockMask":
+        """Return the mask of the first samples of the batch."""
+        q_layout, kv_layout = (x.of_first(samples) for x in (self.q_layout, self.kv_layout))
+        return BlockMask(q_layout, kv_layout, self.selected[:samples])
+
     def captured(self, mass: Tensor) -> Tensor:
         """Return the share of attention mass [B, H, Nq, Nk] that is selected, fp32 [B, H]."""
         kept = (mass * self.selected).sum(-1)  # [B, H, Nq]

@@ -26,6 +26,7 @@ class Hybrid(Fp32Module):
 
     k: Tensor  # fp32 [H] or [1]
     p: Tensor  # fp32 [H] or [1]
+    counts_blocks = True  # k is a share of a row's blocks, kept by score: allocation.coverage holds
 
     def __init__(
         self, *, k: float = 0.1, p: float = 0.0, keep_crossing: bool = True, num_heads: int = 1

@@ -17,6 +17,8 @@ class TokenHybrid(Hybrid):
     blocks. One block a row is always kept.
     """
 
+    counts_blocks = False
+
     def forward(self, scores: BlockScores) -> BlockMask:
         k, p = (x.detach() for x in self.budget())
         layouts = scores.q_layout, scores.kv_layout

@@ -7,7 +7,7 @@ With --methods the arms are the published methods as `attach(pipe, method=...)` 
 calibrated, each head with the same budget; --block is the tokens of a q and a kv block or cluster.
 Each repeat calibrates on other training clips with other probes. `velocity per level` has budgets
 for each noise level alone, which a run cannot use yet: it shows what noise-level bins would gain.
-The data must be encoded (`gossamer encode`).
+The data is encoded first, unless it is there.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from gossamer.train.evaluate import evenly, noisy_samples, velocities
 from gossamer.train.job import Job, make_accelerator
 from gossamer.train.measures import Sample
 from gossamer.train.model import velocity
+from gossamer.train.stages import encode_stage
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ ALLOCATIONS: dict[str, Allocation] = {
     "water_fill output": WaterFill(measure="output"),
     "water_fill fisher": WaterFill(measure="fisher"),
     "velocity": WaterFill(measure="velocity"),
-    "velocity split": WaterFill(measure="velocity", splits=(1.0, 0.75, 0.5)),
     "velocity exact": WaterFill(measure="velocity_exact"),
 }
 PER_LEVEL = "velocity per level"
@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> int:
         options.arms = [*NAMES]
     cfg = compose(options.overrides)
     job = Job(cfg, make_accelerator(cfg), [])
+    encode_stage(job)
     found: dict[tuple[str, float], list[tuple[float, float]]] = {}
     with job.autocast():
         for arm, sparsity, error, density in _measure(job, options):
@@ -82,7 +83,7 @@ def _measure(job: Job, options: argparse.Namespace) -> Iterator[tuple[str, float
     for repeat in range(options.repeats):
         order = torch.randperm(num_clips, generator=torch.Generator().manual_seed(repeat))
         calibrator = job.calibrator(teacher, order[: job.cfg.calibration.clips].tolist())
-        calibrator.seed = repeat
+        calibrator.gauge.seed = repeat
         by_level = [_of_level(calibrator, level) for level in range(len(levels))]
         for arm in options.arms:
             for sparsity in options.sparsity:
@@ -126,19 +127,20 @@ def _published(
 
 def _of_level(calibrator: Calibrator, level: int) -> Calibrator:
     """Return a calibrator of one noise level alone."""
+    gauge = calibrator.gauge
     samples = [
         Sample(0, s.x, s.t, s.text, s.condition, s.target)
-        for s in calibrator.samples
+        for s in gauge.samples
         if s.level == level
     ]
     return Calibrator(
-        calibrator.teacher,
+        gauge.teacher,
         calibrator.method,
         samples,
-        noise_levels=[calibrator.noise_levels[level]],
-        densities=calibrator.densities,
-        probes=calibrator.probes,
-        seed=calibrator.seed,
+        noise_levels=[gauge.noise_levels[level]],
+        densities=gauge.densities,
+        probes=gauge.probes,
+        seed=gauge.seed,
     )
 
 

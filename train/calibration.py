@@ -37,6 +37,7 @@ class Calibration:
     chosen: dict[str, Any]  # what was derived from the one figure asked for, and what it does
     clips: int
     seconds: float
+    map_bound: list[list[float]] = field(default_factory=list)  # [layer]: error, probe, spread
     layout_choice: list[list[int]] = field(default_factory=list)  # place in PerHead's names
     made_for: dict[str, Any] = field(default_factory=dict)  # what the masks were asked to be
     format_version: int = FORMAT_VERSION
@@ -69,55 +70,6 @@ class Calibration:
         made = self.made_for
         odd = [key for key in asked if made.get(key) != asked[key]]
         return ", ".join(f"{key}: {made.get(key)}, now {asked[key]}" for key in odd)
-
-    def table(self) -> list[str]:
-        """Return lines: captured mass and error of each layer by noise level, its heads' range."""
-        tables = {"captured attention mass": torch.tensor(self.captured_mass)}
-        if self.measure is not None:
-            error = torch.tensor(self.error)
-            tables[f"error ({self.measure})"] = error.sqrt() if self.measure in SQUARED else error
-        levels = "  ".join(f"t={t:g}" for t in self.noise_levels)
-        lines = []
-        for title, values in tables.items():  # [L, H, T]
-            lines.append(f"{title} by layer: {levels}  (lowest and highest head)")
-            for layer, heads in zip(self.layers, values, strict=True):
-                by_level = "  ".join(f"{x:.3g}" for x in heads.mean(0).tolist())
-                means = heads.mean(1)
-                lines.append(f"{layer}: {by_level}  ({means.min():.3g} to {means.max():.3g})")
-        return lines
-
-    def reasons(self) -> list[str]:
-        """Return lines that say what was chosen, and why."""
-        chosen = self.chosen
-        low, high = chosen["lowest_density"], chosen["highest_density"]
-        lines = [f"density by head: {low:.4f} to {high:.4f}, mean {self.planned_density:.4f}"]
-        if "bound" in chosen:
-            lines.append(
-                f"the last block given was worth {chosen['bound']:.3g} ({self.measure}); every "
-                "block that is worth more is computed exactly"
-            )
-        if "heads_by_order" in chosen:
-            counted = ", ".join(f"{name} {n}" for name, n in chosen["heads_by_order"].items())
-            lines.append(f"heads by token order, the one with the least error: {counted}")
-        shares = chosen["heads_by_top_k_share"]
-        if len(shares) > 1:
-            counted = ", ".join(f"{share}: {heads} heads" for share, heads in shares.items())
-            lines.append(f"share of the budget that is Top-k, the rest Top-p, by error: {counted}")
-        if "level_ratio" in chosen:
-            lines.append(
-                f"error ({self.measure}) of the worst noise level over the best, all heads: "
-                f"{chosen['level_ratio']:.2f}; one budget serves all levels"
-            )
-        measured = torch.tensor(chosen["measured_error"])
-        by_level = ", ".join(
-            f"t={t:g} {e:.4f}" for t, e in zip(self.noise_levels, measured.tolist(), strict=True)
-        )
-        lines.append(
-            f"relative velocity error of the sparse model: {measured.mean():.4f} ({by_level})"
-        )
-        if "predicted_error" in chosen:
-            lines.append(f"predicted from one head at a time: {chosen['predicted_error']:.4f}")
-        return lines
 
     def apply(self, model: nn.Module) -> None:
         """Set the budgets of an attached model; Refusal when it has other layers or heads."""

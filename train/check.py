@@ -12,6 +12,8 @@ from gossamer.sparse.allocation import Fixed
 from gossamer.sparse.attach import family_of, method_from_spec
 from gossamer.sparse.attention import SparseMethod, check_backend
 from gossamer.sparse.layout import TokenGrid
+from gossamer.sparse.policies import TrainedHybrid
+from gossamer.sparse.token_share import TokenHybrid
 from gossamer.train.calibration import CALIBRATION
 from gossamer.train.check_teacher import check_teacher
 from gossamer.train.codec import Codec
@@ -223,6 +225,8 @@ def _check_sparsity(
 ) -> dict[str, Any]:
     spec = {n: build(cfg[n]) for n in ("layout", "estimator", "policy", "compensation")}
     method = method_from_spec({**spec, "backend": cfg.backend})
+    if not isinstance(build(cfg.allocation), Fixed):
+        _refuse_drifting(method)
     num_q, num_kv = method.layout.num_blocks(grid)
     most = _most_sparsity(cfg, method, num_kv)
     if cfg.sparsity is not None and cfg.sparsity > most + 1e-9:
@@ -246,6 +250,21 @@ def _check_sparsity(
         "blocks": f"{num_q} x {num_kv} {of}",
         **{name: cfg[name] for name in ("sparsity", "error_budget") if cfg[name] is not None},
     }
+
+
+def _refuse_drifting(method: SparseMethod) -> None:
+    """Refuse budgets that calibration cannot keep: clips differ in the sizes of their clusters."""
+    policy = method.policy
+    if method.layout.block_shape is not None or isinstance(policy, TokenHybrid | TrainedHybrid):
+        return
+    if getattr(policy, "unit", "blocks") == "blocks":
+        raise Refusal(
+            "policy",
+            f"{type(policy).__name__} in blocks",
+            "token_hybrid, error_budget with policy.unit=tokens, or trained_hybrid, with blocks of "
+            "any size (clusters): a share of blocks is no density",
+            "set policy=token_hybrid, or allocation=fixed to take the density as it comes",
+        )
 
 
 def _most_sparsity(cfg: DictConfig, method: SparseMethod, num_blocks: int) -> float:

@@ -24,6 +24,7 @@ STUDENT: tuple[Section, ...] = (
     sections.training,
     sections.masks,
     sections.calibration_curves,
+    sections.calibration_choices,
     sections.videos,
     sections.config,
 )

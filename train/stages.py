@@ -15,6 +15,7 @@ from gossamer.train.config import build, data_dir
 from gossamer.train.data.encode import encode
 from gossamer.train.data.shards import Manifest
 from gossamer.train.distiller import Distiller
+from gossamer.train.files import write_atomic
 from gossamer.train.negative import store_negative
 from gossamer.train.processes import on_main
 from gossamer.train.teach import write_cache
@@ -23,6 +24,7 @@ from gossamer.train.teacher import Cached
 if TYPE_CHECKING:
     from gossamer.train.job import Job
 
+REPORT = "calibration.txt"  # what calibration printed
 NO_TRACKER = "gossamer.train.trackers.NoTracker"
 
 
@@ -62,7 +64,7 @@ def _encode_data(job: "Job") -> None:
 
 def calibrate_stage(job: "Job") -> None:
     """Find the mask budgets on the dense teacher, unless they are there."""
-    from gossamer.train.reporting.calibration import draw
+    from gossamer.train.reporting.calibration import draw, lines
 
     if not job.is_sparse or _is_calibrated(job):
         return
@@ -73,6 +75,8 @@ def calibrate_stage(job: "Job") -> None:
     made_for = {**job.masks_asked, "weights": weights_digest(teacher)}
     replace(result, made_for=made_for).save(job.calibration_dir)
     draw(result, job.calibration_dir)
+    said = lines(result)
+    write_atomic(job.calibration_dir / REPORT, "\n".join(said) + "\n")
     name, value = next((n, v) for n, v in asked.items() if v is not None)
     job.log(
         "calibrated in %.0f s: planned sparsity %.4f (asked: %s %g)",
@@ -81,7 +85,7 @@ def calibrate_stage(job: "Job") -> None:
         name,
         value,
     )
-    for line in [*result.table(), *result.reasons()]:
+    for line in said:
         job.log("%s", line)
 
 

@@ -1,4 +1,4 @@
-"""A static token order for each head: blocks are runs of tokens in the head's own order."""
+"""A token order for each head: blocks are runs of tokens in the head's own order."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.sparse import orders
-from gossamer.sparse.layout import BlockLayout, TokenGrid, check_grid, positive, runs
+from gossamer.sparse.layout import BlockLayout, Layout, TokenGrid, check_grid, positive, runs
+from gossamer.sparse.layouts.clusters import SortedClusters
 
-ORDERS = ("row_major", "temporal_major", "tiles", "hilbert")
+CLUSTERS = "sorted_clusters"
+ORDERS = ("row_major", "temporal_major", "tiles", "hilbert", CLUSTERS)
 
 
 class RunsPerHead:
@@ -56,11 +58,21 @@ class RunsPerHead:
         return [replace(layout, order=stack) for layout in cuts[0]]
 
 
+class TileClusters(SortedClusters):
+    """Sorted clusters, as many as there are tiles."""
+
+    def counts(self, grid: TokenGrid) -> tuple[int, int]:
+        q, kv = (max(1, round(grid.num_video / block)) for block in self.tiles.block_shape)
+        return q, kv
+
+
 class PerHead(nn.Module):
     """One of several named token orders for each head, cut into runs alike for all heads.
 
     Every head starts in the first of `names`. All blocks but the last hold q_block or kv_block
-    tokens whatever the grid, so the kernels for full blocks serve every order.
+    tokens whatever the grid, so the kernels for full blocks serve every order. Heads that take
+    `sorted_clusters` are ordered anew by k-means (as many clusters as tiles), the others cost
+    nothing at run time.
     """
 
     choice: Tensor  # int64 [H] or [1], each head's place in `names`
@@ -68,7 +80,7 @@ class PerHead(nn.Module):
     def __init__(
         self,
         *,
-        names: Sequence[str] = ORDERS,
+        names: Sequence[str] = ORDERS[:-1],
         tile: Sequence[int] = (4, 4, 4),
         q_block: int = 128,
         kv_block: int = 64,
@@ -87,6 +99,15 @@ class PerHead(nn.Module):
         self.block_shape = (positive("q_block", q_block), positive("kv_block", kv_block))
         self.register_buffer("choice", torch.zeros(num_heads, dtype=torch.long))
         self._runs = RunsPerHead(self._orders, self.block_shape)
+        self.clusters = TileClusters(q_block=q_block, kv_block=kv_block)
+        self._in_clusters: tuple[tuple[int, int], Tensor] | None = None
+
+    def with_clusters(self) -> Self:
+        """Return a layout that may sort heads by cluster as well; the places of others stay."""
+        own = self.for_heads(self.choice.numel())
+        if CLUSTERS not in own.names:
+            own.names += (CLUSTERS,)
+        return own
 
     def for_heads(self, num_heads: int, head_dim: int | None = None) -> Self:
         """Return a layout of the same orders with its own choice for each of the heads."""
@@ -111,10 +132,35 @@ class PerHead(nn.Module):
         self.choice.copy_(choice)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid
+        self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, cluster: Layout | None = None
     ) -> tuple[BlockLayout, BlockLayout]:
-        """Return the q and the kv layout; q, k, v [B, H, S, D] in sequence order."""
-        return self._runs(self.choice, q, grid)
+        """Return the q and the kv layout; q, k, v [B, H, S, D] in sequence order.
+
+        `cluster` groups the tokens of the heads in clusters, e.g. from the last step's codebook.
+        """
+        q_layout, kv_layout = self._runs(self.choice, q, grid)
+        if CLUSTERS not in self.names:
+            return q_layout, kv_layout
+        heads = self._heads_in_clusters()
+        if not len(heads):
+            return q_layout, kv_layout
+        q_own, k_own, v_own = (x.index_select(1, heads) for x in (q, k, v))
+        found = (cluster or self.clusters)(q_own, k_own, v_own, grid)
+        assert q_layout.order is not None and kv_layout.order is not None
+        q_order, kv_order = (
+            static.index_copy(1, heads, own.order)  # type: ignore[arg-type]
+            for static, own in zip((q_layout.order, kv_layout.order), found, strict=True)
+        )
+        return replace(q_layout, order=q_order), replace(kv_layout, order=kv_order)
+
+    @torch.compiler.disable
+    def _heads_in_clusters(self) -> Tensor:
+        """Return the heads that take clusters, int64; the host looks again when a choice is set."""
+        key = self.choice.data_ptr(), self.choice._version
+        if self._in_clusters is None or self._in_clusters[0] != key:
+            place = self.names.index(CLUSTERS)
+            self._in_clusters = key, (self.choice == place).nonzero()[:, 0]
+        return self._in_clusters[1]
 
     def num_blocks(self, grid: TokenGrid) -> tuple[int, int]:
         """Return the number of q and of kv blocks, the same for every head."""
@@ -132,5 +178,7 @@ class PerHead(nn.Module):
                 return orders.temporal_major(grid)
             case "tiles":
                 return orders.tiles(grid, self.tile)
-            case _:
+            case "hilbert":
                 return orders.hilbert(grid)
+            case _:  # clusters take its place
+                return orders.row_major(grid)

@@ -1,9 +1,12 @@
 """The judge of estimators, and the published order on synthetic clusters."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from gossamer.benchmarks import estimators, tensors
 from gossamer.benchmarks.attention_error import TrueErrors, errors_of, rank_correlation
 from gossamer.benchmarks.estimators import by_p
 from gossamer.sparse.compensation import Centroid, Drop
@@ -90,3 +93,22 @@ def test_dropped_is_worse_than_compensated_is_worse_than_error_aware():
     assert mean["dropped"] > 2 * mean["compensated"], mean
     assert mean["compensated"] > 1.15 * mean["aware"], mean
     assert mean["aware"] < 1.3 * mean["oracle"], mean
+
+
+def test_one_command_writes_table_figures_and_plot(tmp_path, monkeypatch):
+    whole = next(tensors.synthetic(torch.device("cpu"), every=4))
+    first = [x[:, :, :256] for x in (whole.q, whole.k, whole.v)]
+    small = tensors.Problem("small", *first, TokenGrid(2, 8, 16))
+    monkeypatch.setattr(estimators, "synthetic", lambda device, every: iter([small, whole]))
+    options = ["--data", "synthetic", "--problems", "1", "--every", "4", "--densities", "0.1"]
+    assert (
+        estimators.main([*options, "--out", str(tmp_path), "--plot", str(tmp_path / "a.png")]) == 0
+    )
+    found = json.loads((tmp_path / "estimators.json").read_text())
+    curves = found["data"]["synthetic"]["curves"]
+    assert set(curves) == {m.name for m in estimators.METHODS}
+    error = {name: rows[0]["output_error"] for name, rows in curves.items()}
+    assert error["SVG2 dropped"] > error["SVG2 compensated"] > error["EAR E^out"]
+    text = (tmp_path / "estimators.md").read_text()
+    assert f"{error['EAR E^out']:.4f}" in text and found["command"] in text
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

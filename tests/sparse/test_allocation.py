@@ -113,8 +113,6 @@ def test_a_target_below_one_block_a_row_is_refused():
 def test_an_unknown_measure_and_a_choice_without_a_budget_are_refused():
     with pytest.raises(ValueError, match=r"measure=loss: allowed is mass, relative_l1"):
         WaterFill(measure="loss")
-    with pytest.raises(ValueError, match=r"splits=\[2\]: allowed are shares from 0 to 1"):
-        WaterFill(splits=[2])
     with pytest.raises(ValueError, match="allocation=fixed"):
         Fixed().worth(even(falling(1, 4)))
 

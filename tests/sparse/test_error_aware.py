@@ -173,6 +173,18 @@ def test_the_bound_holds_and_its_error_is_that_of_the_map():
     torch.testing.assert_close(found.error[0], truth.mean((1, 2)))
 
 
+def test_a_few_blocks_stand_for_all_in_the_bound():
+    (q, k, v), q_layout, kv_layout = in_clusters()
+    mask = Hybrid(k=0.3)(MeanPool()(q, k, v, q_layout, kv_layout))
+    whole, few = map_error(q, k, mask), map_error(q, k, mask, q_blocks=2)
+    assert (few.error <= few.bound).all() and not torch.equal(few.error, whole.error)
+    every = map_error(q, k, mask, q_blocks=72)
+    for name in ("error", "probe", "spread"):
+        torch.testing.assert_close(getattr(every, name), getattr(whole, name))
+    one = mask.of_first(1)
+    assert torch.equal(one.selected, mask.selected[:1])
+
+
 def test_a_full_mask_has_no_map_error():
     (q, k, _), q_layout, kv_layout = in_clusters()
     everything = torch.ones(1, 2, 5, 11, dtype=torch.bool)

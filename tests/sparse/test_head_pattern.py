@@ -88,6 +88,38 @@ def test_the_error_is_that_of_masked_attention_on_the_sampled_rows():
     torch.testing.assert_close(found.double(), error, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grid", [TokenGrid(8, 6, 9), TokenGrid(3, 7, 11, text_after=2)])
+def test_half_precision_has_the_errors_of_its_numbers_and_the_same_patterns(grid, dtype):
+    """And 233 tokens, a prime, have a single part."""
+    q, k, v = heads_of(TokenGrid(grid.frames, grid.height, grid.width), "frame", "position")
+    pad = (0, 0, 0, grid.text_after)
+    random = qkv(grid, heads=6)
+    q, k, v = (
+        torch.cat([F.pad(x, (*(0, 14), *pad[2:])), y[:1].float()], 1).to(dtype)
+        for x, y in zip((q, k, v), random, strict=True)
+    )
+    layout = small(density=0.3)
+    exact = layout.errors(q.double(), k.double(), v.double(), grid)
+    found = layout.errors(q, k, v, grid)
+    torch.testing.assert_close(found, exact, rtol=0.03, atol=1e-4)
+    clear = (exact[..., 0] / exact[..., 1]).log().abs() > 0.05
+    assert clear.sum() >= 4
+    pattern = layout.classify(q, k, v, grid)
+    assert torch.equal(pattern[clear], (exact[..., 1] < exact[..., 0]).long()[clear])
+
+
+def test_keys_far_below_a_rows_best_weigh_nothing():
+    """Where a band sees only such keys its output is 0, and its error 1."""
+    grid = TokenGrid(4, 2, 4)
+    q, k, v = (x.float() for x in qkv(grid))
+    q, k = torch.full_like(q, 60), torch.full_like(k, -60)
+    k[:, :, -1] = 0
+    error = small(density=0.01, sink_frames=0, rows=4).errors(q, k, v, grid)
+    torch.testing.assert_close(error[..., 0], torch.ones_like(error[..., 0]))
+    assert error.isfinite().all()
+
+
 @pytest.mark.parametrize(("tokens", "rows"), [(1000, 64), (75_600, 64), (10, 64), (1, 1)])
 def test_sampled_rows_are_spread_over_the_whole_sequence(tokens, rows):
     found = sampled_rows(tokens, rows)

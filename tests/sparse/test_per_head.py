@@ -8,6 +8,7 @@ from gossamer.sparse.attention import SparseAttention, SparseMethod
 from gossamer.sparse.compensation import Centroid
 from gossamer.sparse.estimators.mean_pool import MeanPool
 from gossamer.sparse.layout import RowMajor, Tiles, TokenGrid
+from gossamer.sparse.layouts.clusters import SortedClusters
 from gossamer.sparse.layouts.per_head import ORDERS, PerHead
 from gossamer.sparse.policies import Hybrid
 
@@ -131,3 +132,64 @@ def test_a_method_can_be_built_from_its_config():
         "compensation": {"_target_": f"{folder}.compensation.Drop"},
     }
     assert method_from_spec(spec).layout.block_shape == (128, 64)
+
+
+MIXED = ["row_major", "sorted_clusters", "hilbert"]
+
+
+def mixed(choice, k=0.3):
+    method = SparseMethod(
+        PerHead(names=MIXED, q_block=16, kv_block=8), MeanPool(), Hybrid(k=k), Centroid()
+    )
+    attention = SparseAttention(method, 4)
+    attention.layout.set_choice(torch.tensor(choice))
+    return attention
+
+
+@pytest.mark.parametrize("grid", [GRID, TokenGrid(3, 2, 5, 3, 9)])
+def test_heads_in_clusters_are_as_in_the_layout_of_sorted_clusters(grid):
+    x = qkv(grid)
+    attention = mixed([1, 0, 1, 2])
+    out = attention(*x, grid, torch.ones(2))
+    q, kv = (max(1, round(grid.num_video / block)) for block in (16, 8))
+    clusters = SortedClusters(q_block=16, kv_block=8, num_q=q, num_kv=kv)
+    alone = sparse(0.3, clusters)(*x, grid, torch.ones(2))
+    torch.testing.assert_close(out[:, [0, 2]], alone[:, [0, 2]])
+    kv_layout = attention.mask.kv_layout
+    assert kv_layout.offsets.ndim == 1 and kv_layout.is_uniform == (grid.text_before == 0)
+
+
+def test_heads_without_clusters_cost_no_k_means(monkeypatch):
+    attention = mixed([0, 2, 2, 0])
+    monkeypatch.setattr(SortedClusters, "cluster", None)
+    attention(*qkv(GRID), GRID, torch.ones(2))
+    attention.layout.set_choice(torch.tensor([0, 1, 2, 0]))
+    attention.reset()
+    with pytest.raises(TypeError):
+        attention(*qkv(GRID), GRID, torch.ones(2))
+
+
+def test_a_loaded_choice_moves_heads_into_clusters():
+    first, second = mixed([1, 0, 1, 2]), mixed([0, 0, 0, 0])
+    x = qkv(GRID)
+    second(*x, GRID, torch.ones(2))
+    for name, tensor in second.state_dict().items():
+        tensor.copy_(first.state_dict()[name])
+    second.reset()
+    assert torch.equal(second(*x, GRID, torch.ones(2)), first(*x, GRID, torch.ones(2)))
+
+
+def test_heads_in_clusters_go_on_from_the_step_before():
+    attention = mixed([1, 0, 1, 2])
+    x = qkv(GRID)
+    for step in range(2):
+        attention.reset("cond", is_first=step == 0)
+        attention(*x, GRID, torch.ones(2))
+    carried = attention.codebooks.carried["cond"].codebook
+    assert carried.k.shape[:2] == (2, 2)  # of the two heads alone
+    assert attention.codebooks.hit_rate.shape == (2, 2, 2)
+    assert attention.codebooks.hit_rate.min() > 0.9  # the same tokens again
+    attention.reset("cond")
+    attention.layout.set_choice(torch.tensor([1, 1, 1, 2]))
+    attention(*x, GRID, torch.ones(2))  # a codebook of other heads is not used
+    assert attention.codebooks.carried["cond"].codebook.k.shape[:2] == (2, 3)

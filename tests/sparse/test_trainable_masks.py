@@ -331,6 +331,32 @@ def test_the_gates_of_all_compensations_follow_blended_attention(compensation: A
     torch.testing.assert_close(trained.policy.k_shift.grad.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_gradient_of_p_follows_blended_attention() -> None:
+    """In rows that Top-p decides a step of p moves 1 / score blocks at the threshold."""
+    layout, p = LAYOUTS["ragged rows"], 0.6
+    trained = attention(layout, policy=policy_of([0.01] * 3, [p] * 3))
+    q, k, v = qkv()
+    g = qkv(1)[0]
+    (trained(q, k, v, GRID, T) * g).sum().backward()
+    assert trained.mask is not None and trained.band is not None
+    band, selected = trained.band, trained.mask.selected
+    count, num_blocks = selected.sum(-1, keepdim=True), selected.shape[-1]
+    assert (count > 1).any() and (
+        band.score[..., :1] > 0.1 * p / count
+    ).all()  # no slope is clipped
+    step = (count > 1) / band.score[..., :1].double()  # one block is Top-k's floor
+    has_first = count < num_blocks
+    sides = 1 + has_first.double()
+    eps, base = 1e-7, selected.double()
+    change = torch.zeros_like(base)
+    change.scatter_add_(-1, band.column[..., :1], step / sides)
+    change.scatter_add_(-1, band.column[..., 1:], step / sides * has_first)
+    ends = (blended(trained, q, k, v, base + s * eps * change) * g for s in (1, -1))
+    up, down = (end.sum((0, 2, 3)) for end in ends)
+    expected = (up - down) / (2 * eps) * p * (1 - p)
+    torch.testing.assert_close(trained.policy.p_shift.grad.double(), expected, rtol=1e-4, atol=1e-6)
+
+
 def blended(trained: SparseAttention, q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
     """Return attention in which block c counts gate times, and what stands for it 1 - gate."""
     q_layout, kv_layout = trained.layout(q, k, v, GRID)
@@ -438,6 +464,51 @@ def test_the_router_gets_the_soft_top_k_of_its_logits() -> None:
                 torch.testing.assert_close(
                     grad[tuple(at)], (ends[0] - ends[1]) / (2 * eps), rtol=1e-4, atol=1e-6
                 )
+
+
+def test_the_gradient_of_the_router_follows_blended_attention() -> None:
+    """Finite differences of attention whose gates move as SoftTop-k of the projections does."""
+    layout, temperature = LAYOUTS["ragged rows"], 0.8
+    trained = attention(layout, estimator=Router(temperature=temperature, side=9))
+    in_double(trained.estimator)
+    router = trained.estimator
+    for parameter in router.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    q, k, v = qkv()
+    g = qkv(1)[0]
+    (trained(q, k, v, GRID, T) * g).sum().backward()
+    assert trained.mask is not None
+    base = trained.mask.selected.double()
+    sizes = trained.mask.kv_layout.sizes
+
+    def soft() -> Tensor:
+        means = []
+        for x, change, own in (
+            (q, router.q_change, trained.mask.q_layout),
+            (k, router.k_change, trained.mask.kv_layout),
+        ):
+            mean = torch.stack([b.mean(2) for b in x.split(own.sizes.tolist(), 2)], 2)
+            means.append(mean + mean @ change)
+        logit = (means[0] @ means[1].mT * DIM**-0.5 + sizes.log()) / temperature
+        low, high = (torch.full_like(logit[..., :1], s * 100.0) for s in (-1, 1))
+        for _ in range(100):
+            middle = (low + high) / 2
+            above = (logit + middle).sigmoid().sum(-1, keepdim=True) > base.sum(-1, keepdim=True)
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        return (logit + low).sigmoid()
+
+    eps, start = 1e-6, soft().detach()
+    with torch.no_grad():
+        for parameter in router.parameters():
+            for at in [(0, 0, 0), (1, 3, 5), (2, 7, 1)]:
+                ends = []
+                for sign in (1, -2):
+                    parameter[at] += sign * eps
+                    gate = base + soft() - start
+                    ends.append((blended(trained, q, k, v, gate) * g).sum())
+                parameter[at] += eps
+                expected = (ends[0] - ends[1]) / (2 * eps)
+                torch.testing.assert_close(parameter.grad[at], expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("detach", [True, False])

@@ -16,6 +16,7 @@ from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
 from gossamer.train.evaluate import measure_masks, noisy_samples, velocities
 from gossamer.train.job import run
 from gossamer.train.refusal import Refusal
+from gossamer.train.stages import REPORT
 
 LEVELS = [0.7, 0.3]
 BLOCKS = 32  # a row of the tiny teacher
@@ -27,7 +28,6 @@ ALLOCATIONS: dict[str, Allocation] = {
     "output": WaterFill(measure="output"),
     "fisher": WaterFill(measure="fisher"),
     "velocity": WaterFill(measure="velocity"),
-    "split": WaterFill(measure="velocity", splits=[1.0, 0.75, 0.5]),
     "exact": WaterFill(measure="velocity_exact"),
 }
 
@@ -77,7 +77,7 @@ def test_the_planned_density_is_the_target_within_one_block_of_one_head(
         # a student's masks deviate from the plan only as far as earlier layers change q and k
         measured = measure_masks(student, samples_of(job)).mean_density
         assert abs(measured - (1 - sparsity)) < 2 / BLOCKS
-    assert all(isinstance(a, DenseAttention) for a in attentions(one.teacher).values())
+    assert all(isinstance(a, DenseAttention) for a in attentions(one.gauge.teacher).values())
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.9, 1 - 1 / BLOCKS])
@@ -172,7 +172,7 @@ def test_the_policys_own_budget_is_kept_by_fixed_and_measured_as_it_runs(make_jo
     first = found.layers[0]  # whose q and k do not depend on other layers' masks
     mass = torch.tensor(found.captured_mass)[0].mean(1)
     assert mass.tolist() == pytest.approx(measured.recall[first].tolist(), rel=1e-5)
-    assert not attentions(one.teacher)[first]._forward_hooks
+    assert not attentions(one.gauge.teacher)[first]._forward_hooks
     with pytest.raises(Refusal, match=r"error_budget=0\.1: allowed is null with allocation=fixed"):
         one.run(Fixed(), error_budget=0.1)
 
@@ -222,8 +222,8 @@ def test_calibrate_says_what_it_chose_and_draws_each_head_and_level(
 ) -> None:
     done = launcher.run(lab.student(tmp_path, stages=["calibrate"]))
     for said in (
-        "captured attention mass by layer: t=0.7  t=0.3",
-        "error (velocity) by layer: t=0.7  t=0.3",
+        "captured attention mass of each head by noise level:",
+        "relative velocity error (to first order) of each head by noise level:",
         "density by head: ",
         "the last block given was worth",
         "relative velocity error of the sparse model: ",
@@ -232,6 +232,7 @@ def test_calibrate_says_what_it_chose_and_draws_each_head_and_level(
     names = {path.name for path in (tmp_path / "student" / "calibration").iterdir()}
     assert names == {
         CALIBRATION,
+        REPORT,
         *(f"{n}{d}.png" for n in ("mass", "error") for d in ("", "-dark")),
     }
 

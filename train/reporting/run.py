@@ -57,6 +57,7 @@ class Run:
     folder: Path
     evaluation: dict[str, Any]
     calibration: dict[str, Any] | None
+    calibration_said: str | None
     curves: dict[str, dict[str, Array]]  # {seed label: {"step" and METRICS: [rows]}}
     config: str | None
 
@@ -75,11 +76,12 @@ class Run:
                 "one that holds velocity_error or flow_matching_loss",
                 EVALUATE,
             )
-        config = folder / "config.yaml"
+        config, said = folder / "config.yaml", folder / "calibration" / "calibration.txt"
         return cls(
             folder=folder,
             evaluation=evaluation,
             calibration=_read_json(folder / "calibration" / "calibration.json"),
+            calibration_said=said.read_text() if said.is_file() else None,
             curves=_read_curves(folder),
             config=config.read_text() if config.is_file() else None,
         )

@@ -83,6 +83,15 @@ def calibration_curves(run: Run) -> Html:
     return page.section(title, page.paragraph(text), page.plot(path, title))
 
 
+def calibration_choices(run: Run) -> Html:
+    """Return what calibration printed: every head's mass and error, choices and reasons."""
+    title = "What calibration chose, and why"
+    if run.calibration_said is None:
+        return _absent(title, "calibration/calibration.txt is not in this run.")
+    said = page.preformatted(run.calibration_said)
+    return page.section(title, page.details("Show each head and every choice", said))
+
+
 def videos(run: Run) -> Html:
     """Return each sampled clip as a strip of frames and as a moving picture."""
     title = "Videos"
