@@ -15,7 +15,6 @@ from gossamer.kernels.block_sparse_attention.op import BACKENDS, block_sparse_at
 from gossamer.kernels.blocks import Blocks
 from gossamer.kernels.compensated_attention.op import compensated_attention
 from gossamer.kernels.dense_attention.op import dense_attention
-from gossamer.kernels.quantized import Quantized
 from gossamer.kernels.quantized_attention.op import BACKENDS as QUANTIZED_BACKENDS
 from gossamer.kernels.quantized_attention.op import (
     attend_quantized,
@@ -88,10 +87,10 @@ def quantized(backend: str, qk: str) -> Contestant:
 def ready_quantized(backend: str, qk: str) -> Contestant:
     """Return the one whose k and v are quantized beforehand, as where they serve several calls."""
 
-    def ready(k: Tensor, v: Tensor, blocks: Blocks) -> tuple[Blocks, Quantized]:
+    def ready(k: Tensor, v: Tensor, blocks: Blocks) -> tuple[Blocks, Any]:
         return blocks, quantize(k, v, blocks, qk=qk, backend=backend)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, given: tuple[Blocks, Quantized]) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, given: tuple[Blocks, Any]) -> Tensor:
         blocks, quantized = given
         return attend_quantized(q, quantized, blocks, backend=backend)[0]
 
