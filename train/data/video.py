@@ -76,6 +76,23 @@ def read_video(
         raise BadClip(f"{type(error).__name__}: {error}") from error
 
 
+def video_size(path: Path) -> tuple[int, int]:
+    """Return the height and width of a video's frames; raises BadClip."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise BadClip("no video stream")
+            context = container.streams.video[0].codec_context
+            height, width = context.height, context.width
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise BadClip(f"{type(error).__name__}: {error}") from error
+    if height < 1 or width < 1:
+        raise BadClip(f"frames of {height} x {width}")
+    return height, width
+
+
 def _resampled(
     frames: Iterator["av.VideoFrame"], source_fps: Fraction, fps: float | None
 ) -> Iterator["av.VideoFrame"]:
