@@ -56,9 +56,7 @@ def read_video(
 
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise BadClip("no video stream")
-            stream = container.streams.video[0]
+            stream = _stream(container)
             stream.thread_type = "AUTO"
             source_fps = stream.average_rate or stream.guessed_rate or Fraction(24)
             zoom = min(zoom, stream.width / width, stream.height / height)
@@ -82,15 +80,21 @@ def video_size(path: Path) -> tuple[int, int]:
 
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise BadClip("no video stream")
-            context = container.streams.video[0].codec_context
-            height, width = context.height, context.width
+            stream = _stream(container)
+            return stream.height, stream.width
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise BadClip(f"{type(error).__name__}: {error}") from error
-    if height < 1 or width < 1:
-        raise BadClip(f"frames of {height} x {width}")
-    return height, width
+
+
+def _stream(container: "av.container.InputContainer") -> "av.VideoStream":
+    if not container.streams.video:
+        raise BadClip("no video stream")
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise BadClip("a codec that is not known")
+    if stream.height < 1 or stream.width < 1:
+        raise BadClip(f"frames of {stream.height} x {stream.width}")
+    return stream
 
 
 def _resampled(
