@@ -2,12 +2,18 @@
 
 from typing import Any
 
+from gossamer.train.redact import redact
+
 
 class Refusal(ValueError):
-    """Say which field is wrong, its value, what is allowed and how to mend it, in one line."""
+    """Say which field is wrong, its value, what is allowed and how to mend it, in one line.
+
+    Credentials in URLs are left out.
+    """
 
     def __init__(self, field: str, value: object, allowed: str, fix: str) -> None:
-        super().__init__(" ".join(f"{field}={value!s}: allowed is {allowed}; {fix}".split()))
+        line = " ".join(f"{field}={value!s}: allowed is {allowed}; {fix}".split())
+        super().__init__(redact(line))
         self.field = field
 
     def __reduce__(self) -> tuple[Any, tuple[str, str]]:

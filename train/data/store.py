@@ -10,7 +10,6 @@ from typing import Any
 from gossamer.train.data.quarantine import BadData
 from gossamer.train.data.shards import MANIFEST, Shard
 from gossamer.train.files import write_atomic
-from gossamer.train.redact import redact
 from gossamer.train.refusal import Refusal
 
 WAITS = (1.0, 4.0)  # seconds before a failed transfer is tried again
@@ -100,7 +99,7 @@ def mirror(url: str, folder: Path) -> None:
     except FileNotFoundError as error:
         raise Refusal(
             "data.dir",
-            redact(url),
+            url,
             f"a place with {MANIFEST}",
             "encode into a local folder and copy that there",
         ) from error
@@ -132,7 +131,7 @@ def _patiently(copy: Any, place: str) -> None:
             if wait is None:
                 allowed = "a place that can be read"
                 fix = f"check the network and your rights: {type(error).__name__}: {error}"
-                raise Refusal("data.dir", redact(place), allowed, redact(fix)) from error
+                raise Refusal("data.dir", place, allowed, fix) from error
             time.sleep(wait)
     return None
 
@@ -145,5 +144,5 @@ def _open(url: str) -> tuple[Any, str]:
         files, path = fsspec.core.url_to_fs(url, skip_instance_cache=True)
     except (ImportError, ValueError) as error:
         allowed = "a protocol whose fsspec package is installed"
-        raise Refusal("data.dir", redact(url), allowed, str(error)) from error
+        raise Refusal("data.dir", url, allowed, str(error)) from error
     return files, path.rstrip("/")
