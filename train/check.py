@@ -51,6 +51,7 @@ def preflight(cfg: DictConfig, stages: list[str]) -> dict[str, Any]:
     facts: dict[str, Any] = {"device": device}
     if stages == ["report"]:
         return facts
+    build(cfg.noise)
     source: ModelSource = build(cfg.model)
     model = source.skeleton()
     source.check_weights()

@@ -48,6 +48,7 @@ WRONG = {
     str: ["7", "[a]", "{a: b}", "true"],
     list: ["7", "word", "{a: 1}", "null", "true"],
 }
+BUILT = ("policy.", "noise", "layout.", "data.dir", "teacher")
 FREE = ("sparsity", "optimizer.clip", "guidance.scale")  # that may be null, .inf or negative
 
 
@@ -80,7 +81,6 @@ def wrong_overrides(count: int) -> Iterator[tuple[str, str]]:
     keys = [key for key, value in values.items() if type(value) in WRONG and key not in FREE]
     long = [key for key in keys if len(key.rpartition(".")[2]) > 4]
     options = [(g, o) for g, names in groups().items() for o in names if len(o) > 4]
-    kinds = ["type", "type", "typo", "option", "special", "syntax"]
     special = [
         "optimizer.lr=-1", "optimizer.lr=nan", "optimizer.lr=0", "steps=0", "steps=-3",
         "batch_size=0", "batch_size=1e9", "layout.block=7", "layout.block=[0,2,2]", "seed=-1",
@@ -91,33 +91,34 @@ def wrong_overrides(count: int) -> Iterator[tuple[str, str]]:
         "stages=[train,encode]", "teacher=cached", "lora.rank=-1", "evaluation.noise_levels=[2]",
     ]  # fmt: skip
     syntax = ["a=[", "=", "x={", "~steps", "steps=1,2", "hydra.run.dir=x", "a.b.c", "'", "steps==["]
-    for number in range(count):
-        match kinds[number % len(kinds)]:
-            case "type":
+    for override in special:
+        # what is judged when it is built takes a model and data that fit
+        recipe = "recipe=demo  " if override.startswith(BUILT) else ""
+        yield f"{recipe}{override}", override.split()[-1].partition("=")[0].split(".")[-1]
+    for override in syntax:
+        yield override, ""
+    for number in range(count - len(special) - len(syntax)):
+        match number % 3:
+            case 0:
                 key = draw.choice(keys)
-                yield f"{key}={draw.choice(WRONG[type(values[key])])}", key.rpartition(".")[2]
-            case "typo":
+                value = draw.choice(WRONG[type(values[key])])
+                recipe = "recipe=demo  " if key.startswith(BUILT) else ""
+                yield f"{recipe}{key}={value}", key.split(".")[-1]
+            case 1:
                 key = draw.choice(long)
                 yield f"{typo(key, draw)}=1", f"did you mean {key}?"
-            case "option":
+            case _:
                 group, option = draw.choice(options)
                 yield f"{group}={typo(option, draw)}", f"did you mean {option}?"
-            case "special":
-                override = special[number // len(kinds) % len(special)]
-                yield (
-                    f"recipe=demo  {override}",
-                    override.split()[-1].partition("=")[0].rpartition(".")[2],
-                )
-            case _:
-                yield syntax[number // len(kinds) % len(syntax)], ""
 
 
 def test_c1_fuzzed_overrides_are_refused_without_a_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A hundred commands, each with exit code 2 and one line that names the key or the nearest."""
-    odd = []
-    for override, said in wrong_overrides(100):
+    odd, wrong = [], list(wrong_overrides(100))
+    assert len(set(wrong)) == 100
+    for override, said in wrong:
         code = main(["check", *override.split("  ")])
         shown = capsys.readouterr()
         lines = [line for line in shown.err.splitlines() if line.startswith("error: ")]

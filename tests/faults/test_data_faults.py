@@ -336,7 +336,7 @@ def test_d3_many_bad_shards_stop_with_the_list(data: Path, tmp_path: Path) -> No
     for name in names:
         (data / name).write_bytes(b"x")
     listed = tmp_path / "quarantine.jsonl"
-    with pytest.raises(Refusal, match=rf"2 of 20 train clips.*{names[0]}.*{names[1]}.*5%"):
+    with pytest.raises(Refusal, match=rf"2 of 20 train clips in .*{names[0]}.*{names[1]}.*5%"):
         LatentDataset(data, "train", quarantine=listed)
     assert [json.loads(line)["shard"] for line in listed.open()] == names
     with pytest.raises(Refusal, match="2 of 20"):  # and so it stays
@@ -382,7 +382,7 @@ def test_d3_a_refusal_in_a_worker_is_one_line(data: Path, monkeypatch: pytest.Mo
     for shard in manifest_of(data).shards[:5]:
         (data / shard.file).unlink()
     loaded = LatentDataset(data, "train")
-    with pytest.raises(Refusal, match=r"train clips damaged.*missing") as refusal:
+    with pytest.raises(Refusal, match=r"train clips in .*damaged.*missing") as refusal:
         list(batches(loaded, loaded.schedule(4, 0), num_workers=2, num_steps=5))
     assert "\n" not in str(refusal.value) and "Traceback" not in str(refusal.value)
 

@@ -70,7 +70,7 @@ class LatentDataset(Dataset):
         self._store = Store(folder, url, None if cache_gb is None else int(cache_gb * 1e9))
         if self._store.cache_bytes is not None:
             _check_cache(self.shards, self._store.cache_bytes, window)
-        self.quarantine = Quarantine(quarantine, split, len(self))
+        self.quarantine = Quarantine(quarantine, folder, split, len(self))
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._checked: set[int] = set()
         self._most_open = MOST_OPEN

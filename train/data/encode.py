@@ -131,7 +131,7 @@ def _reuse(existing: Manifest, out: Path, request: dict) -> Manifest:
         clips, total = sum(shard.rows for shard, _ in damaged), sum(existing.splits.values())
         lines = [f"{shard.file}: {how}" for shard, how in damaged]
         if clips > BAD_SHARE * total:
-            raise refuse_many(lines, f"{clips} of {total} clips")
+            raise refuse_many(lines, f"{clips} of {total} clips in {out}")
         log.warning("%d of %d clips are damaged and left out: %s", clips, total, "; ".join(lines))
     log.info("%s is already encoded and verified: nothing to do", out)
     return existing

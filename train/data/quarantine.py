@@ -28,8 +28,8 @@ class Quarantine:
     run has listed stays left out, so that it resumes in the same order although it was mended.
     """
 
-    def __init__(self, file: Path | None, split: str, total: int) -> None:
-        self._file, self._split, self._total = file, split, total
+    def __init__(self, file: Path | None, folder: Path, split: str, total: int) -> None:
+        self._file, self._folder, self._split, self._total = file, folder, split, total
         self._bad: dict[tuple[str, int | None], tuple[int, str]] = {}
         if file is None or not file.is_file():
             return
@@ -75,7 +75,7 @@ class Quarantine:
         if bad > BAD_SHARE * self._total:
             raise refuse_many(
                 [f"{shard}: {reason}" for (shard, _), (_, reason) in self._bad.items()],
-                f"{bad} of {self._total} {self._split} clips",
+                f"{bad} of {self._total} {self._split} clips in {self._folder}",
             )
 
 

@@ -68,7 +68,10 @@ class RowWriter:
         bar = tqdm(total=len(clips), desc=name, unit="clip", disable=None)
         with bar, ThreadPoolExecutor(self._num_workers) as pool:
             cut = partial(_cut, video, seed=self._settings.seed)
-            started = ((batch, [pool.submit(cut, clip) for clip in batch]) for batch in self._batches(clips))
+            started = (
+                (batch, [pool.submit(cut, clip) for clip in batch])
+                for batch in self._batches(clips)
+            )
             for batch, cuts in _one_ahead(started):
                 for row in self._rows(video, batch, [each.result() for each in cuts], text):
                     self._shards.add(row)
