@@ -57,15 +57,15 @@ def captured(
 
     `folder` keeps the demo's encoded clips; they are encoded (a few seconds) if not there.
     """
-    from gossamer.train.config import build, compose
+    from gossamer.train.config import build, compose, encode_settings
     from gossamer.train.data.dataset import LatentDataset
     from gossamer.train.data.encode import encode
     from gossamer.train.evaluate import evenly, noisy_samples
     from gossamer.train.model import velocity
 
     cfg = compose(["recipe=demo"])
-    settings = {k: v for k, v in cfg.data.items() if k not in ("source", "dir")}
-    encode(cfg.data.source, folder, codec=build(cfg.codec), text=build(cfg.text), **settings)
+    codec, text = build(cfg.codec), build(cfg.text)
+    encode(cfg.data.source, folder, codec=codec, text=text, **encode_settings(cfg))
     dataset = LatentDataset(folder, "heldout")
     items = [dataset[i] for i in evenly(len(dataset), clips)]
     teacher = attach(build(cfg.model).load(0), None).eval().to(device)

@@ -1,6 +1,8 @@
 """Can this machine, model and config run? Answered from config files, before any weight is read."""
 
 import logging
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from gossamer.sparse.token_share import TokenHybrid
 from gossamer.train.calibration import CALIBRATION
 from gossamer.train.check_teacher import check_teacher
 from gossamer.train.codec import Codec
-from gossamer.train.config import build, data_dir, require_complete
+from gossamer.train.config import build, data_dir, data_url, require_complete
+from gossamer.train.data.settings import buckets_of
 from gossamer.train.data.shards import MANIFEST, Manifest
+from gossamer.train.data.store import mirror
 from gossamer.train.loop import TrainSettings
 from gossamer.train.model import ModelSource
 from gossamer.train.refusal import Refusal
@@ -47,19 +51,26 @@ def preflight(cfg: DictConfig, stages: list[str]) -> dict[str, Any]:
     facts: dict[str, Any] = {"device": device}
     if stages == ["report"]:
         return facts
+    build(cfg.noise)
     source: ModelSource = build(cfg.model)
     model = source.skeleton()
     source.check_weights()
     codec, text = build(cfg.codec), build(cfg.text)
-    _check_data(cfg, stages, codec, text, source.condition)
-    latent = codec.latent_shape(cfg.data.frames, cfg.data.height, cfg.data.width)
+    settings = _check_data(cfg, stages, codec, text, source.condition)
+    latents = [codec.latent_shape(*size) for size in buckets_of(settings)]
+    latent = max(latents, key=prod)
     _check_channels(model, latent[0], source.condition)
     _check_text(model, text)
-    grid = _grid(model, latent)
+    grids = [_grid(model, shape) for shape in latents]
+    grid = grids[latents.index(latent)]
     facts |= _model_facts(source, model, grid)
+    if len(grids) > 1:
+        facts["buckets"] = ", ".join(f"{g.frames} x {g.height} x {g.width}" for g in grids)
     dtype = attention_dtype()
     facts["precision"] = str(dtype).removeprefix("torch.")
     if is_sparse(cfg):
+        for other in grids:
+            _check_sparsity(cfg, model, other, dtype, device)
         facts |= _check_sparsity(cfg, model, grid, dtype, device)
         _check_calibration_path(cfg)
     if cfg.seed in cfg.repeat_seeds:
@@ -69,7 +80,7 @@ def preflight(cfg: DictConfig, stages: list[str]) -> dict[str, Any]:
     if "train" in stages:
         facts["batch"] = _batch(cfg)
         facts["checkpoint"] = checkpoint_size(cfg, facts["trained"])
-    if "encode" in stages:
+    if "encode" in stages and "source" in cfg.data:
         facts["clip"] = clip_size(cfg, latent, text)
     if "export" in stages:
         _check_export(source, text)
@@ -106,22 +117,29 @@ def attention_dtype() -> torch.dtype:
 
 def _check_data(
     cfg: DictConfig, stages: list[str], codec: Codec, text: TextEncoder, condition: str
-) -> None:
-    """Refuse a source that is not there, and encoded data that this run cannot use."""
-    folder = data_dir(cfg)
-    if cfg.data.condition != condition:
+) -> Mapping[str, Any]:
+    """Refuse a source that is not there, and encoded data that this run cannot use.
+
+    Returns the settings of the encode.
+    """
+    folder, url = data_dir(cfg), data_url(cfg)
+    has_source = "source" in cfg.data
+    if url is not None:
+        mirror(url, folder)
+    manifest = Manifest.load(folder)
+    settings = cfg.data if has_source or manifest is None else manifest.request
+    if settings.get("condition", condition) != condition:
         raise Refusal(
             "data.condition",
-            cfg.data.condition,
+            settings["condition"],
             f"{condition}, as model.condition",
             f"data.condition={condition}",
         )
-    if "encode" in stages:
+    if "encode" in stages and has_source and url is None:
         codec.check_weights()
         text.check_weights()
-    manifest = Manifest.load(folder)
     if manifest is None:
-        if "encode" not in stages:
+        if "encode" not in stages or not has_source:
             raise Refusal(
                 "data.dir", folder, f"a folder with {MANIFEST}", "run gossamer encode first"
             )
@@ -134,9 +152,11 @@ def _check_data(
             )
         if "evaluate" in stages and cfg.data.holdout == 0:
             raise Refusal("data.holdout", 0, "above 0 to evaluate", "use e.g. 0.3")
-        return
+        return settings
     check_splits(manifest, folder, stages)
     stored = {f"data.{n}": value for n, value in manifest.request.items() if n in cfg.data}
+    if has_source:
+        stored.setdefault("data.buckets", None)
     asked = {name: OmegaConf.select(cfg, name) for name in stored}
     stored |= {f"text.{n}": manifest.text[n] for n in ("dim", "length")}
     asked |= {"text.dim": text.dim, "text.length": text.length}
@@ -146,6 +166,7 @@ def _check_data(
             raise Refusal(
                 name, value, f"{stored[name]}, as encoded in {folder}", "set data.dir=NEW_FOLDER"
             )
+    return settings
 
 
 def check_splits(manifest: Manifest, folder: Path, stages: list[str]) -> None:

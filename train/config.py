@@ -34,6 +34,8 @@ from gossamer.train.suggest import nearest
 
 _RECIPE_HEADER = "# @package _global_"
 _PACKAGES = ("gossamer.sparse.", "gossamer.train.")
+_READING = ("dir", "cache", "cache_gb", "window")  # keys of data that decide no row
+_URL = re.compile(r"[A-Za-z][\w+.-]*://")
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -114,11 +116,31 @@ def fingerprint(cfg: DictConfig, keys: Sequence[str] | None = None) -> str:
 
 
 def data_dir(cfg: DictConfig) -> Path:
-    """Return where the encoded shards lie: data.dir, or a folder named by what decides them."""
+    """Return where the encoded shards lie: data.dir, or a folder named by what decides them.
+
+    Of a URL it is the folder of data.cache that keeps what is fetched.
+    """
+    url = data_url(cfg)
+    if url is not None:
+        digest = hashlib.sha256(url.encode()).hexdigest()[:8]
+        return Path(cfg.data.cache) / f"{url.rpartition('/')[2]}-{digest}"
     if cfg.data.dir is not None:
         return Path(cfg.data.dir)
     stem = Path(str(cfg.data.source)).stem
-    return Path("data") / f"{stem}-{fingerprint(cfg, ['data', 'codec', 'text'])[:8]}"
+    keys = [f"data.{name}" for name in cfg.data if name not in _READING]
+    return Path("data") / f"{stem}-{fingerprint(cfg, [*keys, 'codec', 'text'])[:8]}"
+
+
+def data_url(cfg: DictConfig) -> str | None:
+    """Return data.dir where it is a URL."""
+    place = str(cfg.data.dir).rstrip("/")
+    return place if _URL.match(place) else None
+
+
+def encode_settings(cfg: DictConfig) -> dict[str, Any]:
+    """Return the keys of data that `encode` takes beside the source."""
+    settings = _container(cfg.data)
+    return {k: v for k, v in settings.items() if k != "source" and k not in _READING}
 
 
 def save_config(cfg: DictConfig, path: str | Path) -> None:

@@ -1,6 +1,8 @@
 """Student against teacher on held-out clips: velocity error, masks, samples."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,13 @@ Clip = dict[str, Any]  # an item of LatentDataset: latent, text, index, maybe co
 def noisy_samples(
     clips: list[Clip], noise_levels: list[float], batch_size: int, device: torch.device
 ) -> list[Sample]:
-    """Return batches of each clip at each noise level; noise depends on clip and level alone."""
+    """Return batches of each clip at each noise level; noise depends on clip and level alone.
+
+    Clips stay in order; a batch is of one size.
+    """
     samples = []
     for level, t in enumerate(noise_levels):
-        for start in range(0, len(clips), batch_size):
-            batch = clips[start : start + batch_size]
+        for batch in _batches(clips, batch_size):
             latent = torch.stack([c["latent"] for c in batch])
             noise = torch.stack([_noise(c["latent"], c["index"], level) for c in batch])
             levels = torch.full((len(batch),), t)
@@ -174,6 +178,12 @@ def _recall(attention: SparseAttention, q: Tensor, k: Tensor, clips: int) -> Ten
 def _noise(latent: Tensor, index: int, level: int) -> Tensor:
     seed = mix(EVALUATION_SEED, index, level + 1)
     return torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _batches(clips: list[Clip], size: int) -> Iterator[list[Clip]]:
+    for _, same in groupby(clips, lambda clip: clip["latent"].shape):
+        alike = list(same)
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
 def _stack(clips: list[Clip], key: str) -> Tensor | None:

@@ -21,8 +21,9 @@ from gossamer.train.calibrate import Calibrator
 from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
 from gossamer.train.check import is_sparse, preflight
 from gossamer.train.codec import Codec, load_codec
-from gossamer.train.config import build, data_dir, fingerprint, save_config
+from gossamer.train.config import build, data_dir, data_url, fingerprint, save_config
 from gossamer.train.data.dataset import LatentDataset
+from gossamer.train.data.quarantine import FILE as QUARANTINE
 from gossamer.train.data.shards import Manifest
 from gossamer.train.draws import Draws
 from gossamer.train.files import write_atomic
@@ -91,7 +92,15 @@ class Job:
         return {str(name): value for name, value in spec.items()}
 
     def dataset(self, split: str) -> LatentDataset:
-        return LatentDataset(data_dir(self.cfg), split)
+        data = self.cfg.data
+        return LatentDataset(
+            data_dir(self.cfg),
+            split,
+            url=data_url(self.cfg),
+            cache_gb=data.cache_gb,
+            window=data.window,
+            quarantine=self.run_dir / QUARANTINE,
+        )
 
     def dense(self) -> nn.Module:
         """Return the starting transformer with dense attention, frozen, on the device."""
@@ -167,13 +176,18 @@ class Job:
         return {str(k): v for k, v in asked.items()} | {name: spec[name] for name in names}
 
     def calibrator(self, teacher: nn.Module, clips: list[int] | None = None) -> Calibrator:
-        """Return the calibrator of a dense teacher on training clips (evenly spaced ones)."""
+        """Return the calibrator of a dense teacher on training clips (evenly spaced ones).
+
+        Of data in several sizes they are of the largest: budgets are shares, and carry over.
+        """
         from gossamer.train.evaluate import evenly, noisy_samples
 
         options, dataset = self.cfg.calibration, self.dataset("train")
-        chosen = evenly(len(dataset), options.clips) if clips is None else clips
+        largest = dataset.largest
+        if clips is None:
+            clips = [largest[i] for i in evenly(len(largest), options.clips)]
         levels, batch_size = list(options.noise_levels), self.cfg.evaluation.batch_size
-        samples = noisy_samples([dataset[i] for i in chosen], levels, batch_size, self.device)
+        samples = noisy_samples([dataset[i] for i in clips], levels, batch_size, self.device)
         return Calibrator(
             teacher,
             method_from_spec(self.method_spec),

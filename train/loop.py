@@ -17,7 +17,7 @@ from tqdm import tqdm
 from gossamer.sparse.attach import attentions, mask_parameters
 from gossamer.sparse.attention import SparseAttention
 from gossamer.train import checkpoint
-from gossamer.train.data.dataset import BatchSchedule, batches
+from gossamer.train.data.dataset import batches, schedule_of
 from gossamer.train.density_controller import DensityController
 from gossamer.train.distiller import Distiller
 from gossamer.train.interrupt import Stop, stoppable
@@ -188,7 +188,7 @@ def train(
     wrapped = accelerator.prepare(distiller)
     data = batches(
         dataset,
-        BatchSchedule(len(dataset), settings.batch_size, settings.seed),
+        schedule_of(dataset, settings.batch_size, settings.seed),
         start_step=progress.step,
         rank=accelerator.process_index,
         world=accelerator.num_processes,

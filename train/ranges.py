@@ -52,6 +52,17 @@ def _is_curve(densities: Sequence[float]) -> bool:
     return rises and len(densities) > 1 and densities[0] > 0 and densities[-1] <= 1
 
 
+def _are_buckets(buckets: Sequence[Sequence[int]] | None) -> bool:
+    def is_size(size: Any) -> bool:
+        return isinstance(size, int) and not isinstance(size, bool) and size >= 1
+
+    if buckets is None:
+        return True
+    sizes = [tuple(bucket) for bucket in buckets]
+    whole = all(len(size) == 3 and all(map(is_size, size)) for size in sizes)
+    return whole and 0 < len(sizes) == len(set(sizes))
+
+
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "name": ("a relative folder name without ..", _is_run_name),
     "seed": ("a whole number from 0 to 2**32 - 1", _is_seed),
@@ -107,6 +118,9 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "data.height": _whole(1),
     "data.width": _whole(1),
     "data.frames": _whole(1),
+    "data.buckets": ("null or a list of [frames, height, width]", _are_buckets),
+    "data.window": ("null or a whole number of at least 1", lambda n: n is None or n >= 1),
+    "data.cache_gb": ("null or a finite number above 0", lambda n: n is None or 0 < n < math.inf),
     "data.stride": _whole(1),
     "data.fps": ("null or a finite number above 0", lambda fps: fps is None or 0 < fps < math.inf),
     "data.holdout": ("a number in [0, 1)", lambda share: 0 <= share < 1),

@@ -67,7 +67,9 @@ def evaluate_stage(job: "Job") -> None:
         result = (_evaluate_sparse if job.is_sparse else _evaluate_dense)(job, clips)
     result |= {
         "noise_levels": list(options.noise_levels),
-        "clips": [{"index": i, "clip_id": dataset.meta(i)["clip_id"]} for i in chosen],
+        "clips": [
+            {"index": c["index"], "clip_id": dataset.meta(c["index"])["clip_id"]} for c in clips
+        ],
         "device": device_name(job.device),
         "seconds": time.monotonic() - start,
         "made_for": made_for,
@@ -110,7 +112,7 @@ def _evaluate_sparse(job: "Job", clips: list[Clip]) -> dict[str, Any]:
     masks = {"before": measure_masks(before, samples)}
     masks["after"] = measure_masks(after[job.cfg.seed], samples)
     models = {"teacher": teacher, "before": before, "after": after[job.cfg.seed]}
-    few = [clips[i] for i in evenly(len(clips), options.sample_clips)]
+    few = _few(clips, options.sample_clips)
     psnr = _samples(job, models, few)
     return {
         "seeds": job.seeds,
@@ -148,14 +150,11 @@ def _evaluate_dense(job: "Job", clips: list[Clip]) -> dict[str, Any]:
         samples = noisy_samples(some, levels, options.batch_size, job.device)
         by_level: list[list[float]] = [[] for _ in levels]
         for sample, v in zip(samples, velocities(model, samples, split), strict=True):
-            latent = torch.stack([c["latent"] for c in some])  # type: ignore[misc]
-            start = len(by_level[sample.level])
-            x0 = latent[start : start + len(v)]
-            t = sample.t.cpu().view(-1, 1, 1, 1, 1)
-            noise = (sample.x.cpu() - (1 - t) * x0) / t
-            by_level[sample.level] += (v - (noise - x0)).square().flatten(1).mean(1).tolist()
+            assert sample.target is not None
+            error = (v - sample.target.cpu()).square().flatten(1).mean(1)
+            by_level[sample.level] += error.tolist()
         losses[split] = [sum(row) / len(row) for row in by_level]
-    few = [clips[i] for i in evenly(len(clips), options.sample_clips)]
+    few = _few(clips, options.sample_clips)
     psnr = _samples(job, {"teacher": model}, few)
     return {
         "flow_matching_loss": losses,
@@ -165,6 +164,12 @@ def _evaluate_dense(job: "Job", clips: list[Clip]) -> dict[str, Any]:
             "files": [f"samples/clip-{i}.npz" for i in range(len(few))],
         },
     }
+
+
+def _few(clips: list[Clip], count: int) -> list[Clip]:
+    """Return some clips to sample, of the first one's size."""
+    alike = [clip for clip in clips if clip["latent"].shape == clips[0]["latent"].shape]
+    return [alike[i] for i in evenly(len(alike), count)]
 
 
 def _samples(job: "Job", models: dict[str, nn.Module], clips: list[Clip]) -> dict[str, list[float]]:

@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 # Keys that may change between two calls of the same run; its folder may be moved.
 FREE_KEYS = ("resume", "debug", "stages", "num_workers", "log_every", "tracker", "export")
+FREE_DATA_KEYS = ("data.cache", "data.cache_gb")
 PLACE_KEYS = ("name", "runs_dir", "run_dir")
 
 
@@ -53,7 +54,7 @@ def _flat(cfg: Any) -> dict[str, Any]:
         if isinstance(node, dict):
             for key, value in node.items():
                 walk(f"{prefix}.{key}".lstrip("."), value)
-        else:
+        elif prefix not in FREE_DATA_KEYS:
             flat[prefix] = node
 
     container = OmegaConf.to_container(cfg, resolve=True)

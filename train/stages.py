@@ -11,7 +11,7 @@ from gossamer.train import loop
 from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
 from gossamer.train.check import check_splits
 from gossamer.train.checkpoint import RunLock
-from gossamer.train.config import build, data_dir
+from gossamer.train.config import build, data_dir, data_url, encode_settings
 from gossamer.train.data.encode import encode
 from gossamer.train.data.shards import Manifest
 from gossamer.train.distiller import Distiller
@@ -40,24 +40,23 @@ def encode_stage(job: "Job") -> None:
 
 
 def _encode_data(job: "Job") -> None:
-    settings = OmegaConf.to_container(job.cfg.data, resolve=True)
-    assert isinstance(settings, dict)
-    source = settings.pop("source")
-    del settings["dir"]
+    folder = data_dir(job.cfg)
+    if data_url(job.cfg) or "source" not in job.cfg.data:
+        store_negative(job.cfg)
+        return
     # Built here, not job.text: a large text encoder must not stay on the device for the training.
     codec, text = (build(job.cfg[name]).to(job.device) for name in ("codec", "text"))
-    folder = data_dir(job.cfg)
     # Only while encoding: finished data may be read by many runs at once.
     lock = nullcontext() if Manifest.load(folder) else RunLock(folder, "data.dir")
     with lock:
         manifest = encode(
-            source,
+            job.cfg.data.source,
             folder,
             codec=codec,
             text=text,
             num_workers=max(2, job.cfg.num_workers),
-            **settings,
-        )  # type: ignore[arg-type]
+            **encode_settings(job.cfg),
+        )
     store_negative(job.cfg, text)
     check_splits(manifest, folder, job.stages)
 

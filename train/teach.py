@@ -85,8 +85,7 @@ def _write_files(job: "Job", folder: Path) -> None:
     ) as bar:
         for clips in mine:
             rows: dict[str, Tensor] = {}
-            for start in range(clips.start, clips.stop, size):
-                some = range(start, min(start + size, clips.stop))
+            for some in dataset.runs(clips, size):
                 batch = collate([dataset[clip] for clip in some])
                 with job.autocast():
                     drawn = [
@@ -96,7 +95,7 @@ def _write_files(job: "Job", folder: Path) -> None:
                 stacked = torch.stack(drawn, dim=1).bfloat16()  # [B, draws, C, f, h, w]
                 if not stacked.isfinite().all():
                     raise Refusal(
-                        f"velocities of clips {some.start} to {some.stop - 1}",
+                        f"velocities of clips {some[0]} to {some[-1]}",
                         "NaN or infinity",
                         "finite numbers",
                         "check the model's weights",
@@ -121,6 +120,6 @@ def _finish(job: "Job", folder: Path) -> None:
 
 def _files(dataset: LatentDataset, draws: int) -> list[range]:
     """Cut the clips into files of at most FILE_BYTES or one clip, for many processes to share."""
-    size, total = 2 * draws * prod(dataset.meta(0)["latent_shape"]), len(dataset)
+    size, total = 2 * draws * prod(dataset.shape(dataset.largest[0])), len(dataset)
     each = max(1, min(FILE_BYTES // size, ceil(total / MOST_PROCESSES)))
     return [range(first, min(first + each, total)) for first in range(0, total, each)]

@@ -92,8 +92,10 @@ def test_files_cover_the_clips_once_and_keep_to_their_size(monkeypatch: pytest.M
         def __len__(self) -> int:
             return 1000
 
-        def meta(self, index: int) -> dict[str, Any]:
-            return {"latent_shape": [4, 4, 8, 16]}
+        largest = (0,)
+
+        def shape(self, index: int) -> tuple[int, ...]:
+            return 4, 4, 8, 16
 
     for most, largest in ((2**30, 16), (2 * DRAWS * 4 * 4 * 8 * 16 * 5, 5), (1, 1)):
         monkeypatch.setattr(teach, "FILE_BYTES", most)

@@ -49,7 +49,7 @@ def plan_clips(
     name: str,
     shots: Sequence[Shot],
     *,
-    frames: int,
+    frames: int | Sequence[int],
     stride: int,
     min_motion: float,
     holdout: float,
@@ -58,16 +58,19 @@ def plan_clips(
 ) -> tuple[list[Clip], list[Skipped]]:
     """Cut the shots of video `position` of `total` into clips; none crosses a shot.
 
+    Of several lengths of `frames` a shot takes the longest that fits it.
+
     A film (FILM_SHOTS shots or more, or the only video) holds out its last shots; of short videos
     the last ones are held out whole. A film whose usable shots would all be on one side holds out
     the last of those, or the end of its only one.
     """
+    lengths = sorted([frames] if isinstance(frames, int) else frames, reverse=True)
     usable: list[tuple[Shot, str]] = []
     skipped = []
     is_film = total == 1 or len(shots) >= FILM_SHOTS
     for number, shot in enumerate(shots):
-        if shot.end - shot.start < frames:
-            skipped.append(Skipped(shot.start, shot.end, f"shorter than {frames} frames"))
+        if shot.end - shot.start < lengths[-1]:
+            skipped.append(Skipped(shot.start, shot.end, f"shorter than {lengths[-1]} frames"))
             continue
         if shot.motion < min_motion:
             reason = f"static: motion {shot.motion:.2f} is below {min_motion}"
@@ -77,12 +80,13 @@ def plan_clips(
         usable.append((shot, _split(*place, holdout)))
     if is_film and holdout > 0 and len({split for _, split in usable}) == 1:
         parts = [shot for shot, _ in usable]
-        parts = parts if len(parts) > 1 else _cut(parts[0], frames, holdout)
+        parts = parts if len(parts) > 1 else _cut(parts[0], lengths[-1], holdout)
         usable = [(shot, _split(i, len(parts), holdout)) for i, shot in enumerate(parts)]
     clips = [
-        Clip(f"{name}@{start:06d}", start, frames, shot, split)
+        Clip(f"{name}@{start:06d}", start, longest, shot, split)
         for shot, split in usable
-        for start in range(shot.start, shot.end - frames + 1, stride)
+        for longest in [next(n for n in lengths if n <= shot.end - shot.start)]
+        for start in range(shot.start, shot.end - longest + 1, stride)
     ]
     return clips, skipped
 

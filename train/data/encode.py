@@ -6,7 +6,7 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from gossamer.train.checkpoint import LOCK
 from gossamer.train.codec import Codec, PCACodec
 from gossamer.train.condition import Condition
 from gossamer.train.data.clips import evenly
+from gossamer.train.data.quarantine import BAD_SHARE, refuse_many
 from gossamer.train.data.rows import RowWriter
 from gossamer.train.data.settings import EncodeSettings
 from gossamer.train.data.shards import Manifest
@@ -43,6 +44,7 @@ def encode(
     height: int,
     width: int,
     frames: int,
+    buckets: Sequence[Sequence[int]] | None = None,
     stride: int = 8,
     fps: float | None = None,
     holdout: float = 0.3,
@@ -57,13 +59,15 @@ def encode(
 ) -> Manifest:
     """Encode a source into `out_dir`; returns at once where the same request is already there.
 
-    Raises Refusal: a wrong setting, another request's data in `out_dir`, damaged shards, more than
-    5 % of the videos unusable, or no clip left. An unfitted PCACodec is fitted on train clips.
+    With `buckets` a video is cut to the nearest of their aspects, a shot to the longest that fits.
+    Raises Refusal: a wrong setting, another request's data in `out_dir`, more than 5 % of it
+    damaged or of the videos unusable, no clip left. An unfitted PCACodec is fitted on train clips.
     """
     settings = EncodeSettings(
         height=height,
         width=width,
         frames=frames,
+        buckets=None if buckets is None else tuple(tuple(b) for b in buckets),  # type: ignore[misc]
         stride=stride,
         fps=fps,
         holdout=holdout,
@@ -74,7 +78,8 @@ def encode(
         rows_per_shard=rows_per_shard,
         seed=seed,
     )
-    codec.latent_shape(frames, height, width)
+    for size in settings.sizes:
+        codec.latent_shape(*size)
     items = evenly(list_sources(source), max_clips)
     request = _request(items, settings, codec, text)
     out = Path(out_dir)
@@ -121,7 +126,13 @@ def _reuse(existing: Manifest, out: Path, request: dict) -> Manifest:
                 f"an empty folder or the same request ({key} there: {held}, asked: {asked})",
                 "choose another out_dir or delete this one",
             )
-    existing.verify(out)
+    damaged = existing.damaged(out)
+    if damaged:
+        clips, total = sum(shard.rows for shard, _ in damaged), sum(existing.splits.values())
+        lines = [f"{shard.file}: {how}" for shard, how in damaged]
+        if clips > BAD_SHARE * total:
+            raise refuse_many(lines, f"{clips} of {total} clips in {out}")
+        log.warning("%d of %d clips are damaged and left out: %s", clips, total, "; ".join(lines))
     log.info("%s is already encoded and verified: nothing to do", out)
     return existing
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from gossamer.train.codec import Codec
 from gossamer.train.condition import held_frames
 from gossamer.train.data.clips import Clip, with_copies
+from gossamer.train.data.quarantine import BAD_SHARE
 from gossamer.train.data.settings import EncodeSettings
 from gossamer.train.data.shards import Manifest, Row, ShardWriter, to_bytes
 from gossamer.train.data.videos import Video
@@ -24,7 +26,6 @@ from gossamer.train.files import write_atomic
 from gossamer.train.refusal import Refusal
 from gossamer.train.text import TextEncoder
 
-BAD_SHARE = 0.05
 T = TypeVar("T")
 
 
@@ -64,14 +65,13 @@ class RowWriter:
         text = self._text.encode([video.item.caption])[0]  # [L, dim]
         text = text[: int(text.any(1).nonzero().max()) + 1] if text.any() else text[:0]
         clips = with_copies(video.clips, self._settings.augment)
-        batches = (
-            clips[start : start + self._batch_size]
-            for start in range(0, len(clips), self._batch_size)
-        )
         bar = tqdm(total=len(clips), desc=name, unit="clip", disable=None)
         with bar, ThreadPoolExecutor(self._num_workers) as pool:
             cut = partial(_cut, video, seed=self._settings.seed)
-            started = ((batch, [pool.submit(cut, clip) for clip in batch]) for batch in batches)
+            started = (
+                (batch, [pool.submit(cut, clip) for clip in batch])
+                for batch in self._batches(clips)
+            )
             for batch, cuts in _one_ahead(started):
                 for row in self._rows(video, batch, [each.result() for each in cuts], text):
                     self._shards.add(row)
@@ -121,6 +121,12 @@ class RowWriter:
         manifest.save(self._out)
         return manifest
 
+    def _batches(self, clips: list[Clip]) -> Iterator[list[Clip]]:
+        for _, same in groupby(clips, lambda clip: clip.frames):
+            alike = list(same)
+            for start in range(0, len(alike), self._batch_size):
+                yield alike[start : start + self._batch_size]
+
     def _rows(
         self, video: Video, clips: list[Clip], cuts: list["_Cut"], text: Tensor
     ) -> Iterator[Row]:
@@ -148,8 +154,8 @@ class RowWriter:
                 start=clip.start,
                 frames=clip.frames,
                 fps=video.footage.fps if video.footage else 0.0,
-                height=self._settings.height,
-                width=self._settings.width,
+                height=cut.pixels.shape[2],
+                width=cut.pixels.shape[3],
                 shot_start=clip.shot.start,
                 shot_end=clip.shot.end,
                 split=clip.split,

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, get_type_hints
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 SHARD_BYTES = 512 * 2**20  # a parquet binary column is limited to 2 GiB
+GROUP_BYTES = 4 * 2**20  # of a row group, the least that is read at once
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*\.parquet")
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,30 @@ class Row:
 
 @dataclass(frozen=True)
 class Shard:
-    """One parquet file of one split."""
+    """One parquet file of one split and one size of clips."""
 
     file: str
     sha256: str
     rows: int
     split: str
+    bytes: int = 0  # 0: not known
+    latent_shape: list[int] = field(default_factory=list)  # [] in data of a single size
+
+    def difference(self, folder: Path) -> str | None:
+        """Say how the file in the folder differs from the shard; None where it does not."""
+        path = folder / self.file
+        try:
+            if not path.is_file():
+                return "missing"
+            size = path.stat().st_size
+            if self.bytes and size != self.bytes:
+                return f"{size} bytes instead of {self.bytes}"
+            found = sha256(path)
+        except OSError as error:
+            return str(error)
+        if found != self.sha256:
+            return f"SHA-256 {found[:12]} instead of {self.sha256[:12]}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -84,6 +105,9 @@ class Manifest:
                     str(path), f"format {version}", f"format {FORMAT_VERSION}", "encode again"
                 )
             values["shards"] = [Shard(**shard) for shard in values["shards"]]
+            for shard in values["shards"]:
+                if not _NAME.fullmatch(shard.file):
+                    raise TypeError(f"{shard.file!r} is no name of a shard")
             return cls(**values)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise Refusal(
@@ -95,50 +119,40 @@ class Manifest:
         text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
         write_atomic(folder / MANIFEST, text + "\n")
 
-    def verify(self, folder: Path) -> None:
-        """Refuse if any shard is missing or differs by a byte."""
-        for shard in self.shards:
-            path = folder / shard.file
-            found = sha256(path) if path.is_file() else "missing"
-            if found != shard.sha256:
-                raise Refusal(
-                    f"shard {path}",
-                    f"SHA-256 {found[:12]}",
-                    f"{shard.sha256[:12]} of the manifest",
-                    "the shard is damaged: delete the folder and run gossamer encode again",
-                )
+    def damaged(self, folder: Path) -> list[tuple[Shard, str]]:
+        """Return each shard that is missing or differs by a byte, and how."""
+        found = ((shard, shard.difference(folder)) for shard in self.shards)
+        return [(shard, difference) for shard, difference in found if difference]
 
 
 @dataclass(eq=False)
 class ShardWriter:
-    """Collects rows into shards of one split each; a shard appears whole or not at all."""
+    """Collects rows into shards of one split and one latent shape each, written whole or not."""
 
     folder: Path
     rows_per_shard: int
     metadata: dict[str, str]
     shards: list[Shard] = field(default_factory=list)
-    _waiting: dict[str, list[Row]] = field(default_factory=dict)
+    _waiting: dict[tuple[str, tuple[int, ...]], list[Row]] = field(default_factory=dict)
 
     def add(self, row: Row) -> None:
-        waiting = self._waiting.setdefault(row.split, [])
+        key = (row.split, tuple(row.latent_shape))
+        waiting = self._waiting.setdefault(key, [])
         waiting.append(row)
-        size = len(waiting) * (len(row.latent) + len(row.condition) + len(row.text))
-        if len(waiting) >= self.rows_per_shard or size >= SHARD_BYTES:
-            self._flush(row.split)
+        if len(waiting) >= self.rows_per_shard or len(waiting) * _size(row) >= SHARD_BYTES:
+            self._flush(key)
 
     def close(self) -> list[Shard]:
         """Write what is left; returns every shard."""
-        for split in sorted(self._waiting):
-            self._flush(split)
+        for key in sorted(self._waiting):
+            self._flush(key)
         return self.shards
 
-    def _flush(self, split: str) -> None:
+    def _flush(self, key: tuple[str, tuple[int, ...]]) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        rows = self._waiting.pop(split, [])
-        if not rows:
-            return
+        rows, split = self._waiting.pop(key), key[0]
         number = sum(shard.split == split for shard in self.shards)
         path = self.folder / f"{split}-{number:05d}.parquet"
         columns = {name: [getattr(row, name) for row in rows] for name in schema().names}
@@ -147,6 +161,7 @@ class ShardWriter:
         pq.write_table(
             table,
             sink,
+            row_group_size=max(1, GROUP_BYTES // _size(rows[0])),
             compression="zstd",
             compression_level=1,
             use_dictionary=False,
@@ -155,7 +170,11 @@ class ShardWriter:
         content = sink.getvalue().to_pybytes()
         write_atomic(path, content)
         digest = hashlib.sha256(content).hexdigest()
-        self.shards.append(Shard(path.name, digest, len(rows), split))
+        self.shards.append(Shard(path.name, digest, len(rows), split, len(content), list(key[1])))
+
+
+def _size(row: Row) -> int:
+    return len(row.latent) + len(row.condition) + len(row.text) + 1
 
 
 def schema() -> "pyarrow.Schema":

@@ -56,9 +56,7 @@ def read_video(
 
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise BadClip("no video stream")
-            stream = container.streams.video[0]
+            stream = _stream(container)
             stream.thread_type = "AUTO"
             source_fps = stream.average_rate or stream.guessed_rate or Fraction(24)
             zoom = min(zoom, stream.width / width, stream.height / height)
@@ -74,6 +72,29 @@ def read_video(
             return _store(frames, (height, width), wide, float(fps or source_fps), scratch)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise BadClip(f"{type(error).__name__}: {error}") from error
+
+
+def video_size(path: Path) -> tuple[int, int]:
+    """Return the height and width of a video's frames; raises BadClip."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = _stream(container)
+            return stream.height, stream.width
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise BadClip(f"{type(error).__name__}: {error}") from error
+
+
+def _stream(container: "av.container.InputContainer") -> "av.VideoStream":
+    if not container.streams.video:
+        raise BadClip("no video stream")
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise BadClip("a codec that is not known")
+    if stream.height < 1 or stream.width < 1:
+        raise BadClip(f"frames of {stream.height} x {stream.width}")
+    return stream
 
 
 def _resampled(

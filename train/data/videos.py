@@ -12,7 +12,7 @@ from gossamer.train.data.clips import SMALLEST_CROP, Clip, Skipped, clip_pixels,
 from gossamer.train.data.settings import EncodeSettings
 from gossamer.train.data.shots import find_shots
 from gossamer.train.data.sources import SourceItem
-from gossamer.train.data.video import BadClip, Footage, read_video
+from gossamer.train.data.video import BadClip, Footage, read_video, video_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +62,14 @@ class Videos:
 
     def _open(self, position: int) -> Video:
         item, settings = self._items[position], self._settings
+        height, width = settings.height, settings.width
         try:
+            if settings.buckets is not None:
+                height, width = settings.place(*video_size(item.path))
             footage = read_video(
                 item.path,
-                height=settings.height,
-                width=settings.width,
+                height=height,
+                width=width,
                 scratch=self._scratch,
                 fps=settings.fps,
                 zoom=1 / SMALLEST_CROP if settings.augment else 1.0,
@@ -78,7 +81,7 @@ class Videos:
         clips, skipped = plan_clips(
             item.name,
             shots,
-            frames=settings.frames,
+            frames=settings.lengths(height, width),
             stride=settings.stride,
             min_motion=settings.min_motion,
             holdout=settings.holdout,

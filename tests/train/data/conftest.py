@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from gossamer.train.data.shards import Manifest, Row, ShardWriter, to_bytes
 
 MakeVideo = Callable[..., Path]
 LEVELS = (40, 200, 100, 240, 10, 160)
@@ -52,5 +55,44 @@ def make_video() -> MakeVideo:
                     container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
         return path
+
+    return make
+
+
+@pytest.fixture
+def make_data() -> Callable[..., Path]:
+    """Write shards of `rows` clips each, of the shapes in turn; clip i is filled with i."""
+
+    def make(
+        folder: Path,
+        shards: int = 4,
+        rows: int = 4,
+        shapes: Sequence[tuple[int, ...]] = ((2, 2, 4, 4),),
+    ) -> Path:
+        folder.mkdir(parents=True)
+        writer = ShardWriter(folder, rows, {})
+        for number in range(shards * rows):
+            shape = shapes[number // rows % len(shapes)]
+            latent = torch.full(shape, float(number))
+            writer.add(
+                Row(
+                    clip_id=f"clip-{number}", source="film", start=number, frames=4, fps=12.0,
+                    height=16, width=16, shot_start=0, shot_end=9, split="train", augment="",
+                    latent=to_bytes(latent), latent_shape=list(shape), condition=b"",
+                    condition_shape=[], text=to_bytes(torch.ones(1, 4)), text_shape=[1, 4],
+                    prompt="", content_sha256="",
+                )
+            )  # fmt: skip
+        Manifest(
+            request={"frames": 4, "height": 16, "width": 16},
+            codec={"fingerprint": "none", "channels": shapes[0][0], "compression": [2, 4, 4]},
+            text={"fingerprint": "none", "length": 2, "dim": 4},
+            sources=[],
+            shards=writer.close(),
+            splits={"train": shards * rows},
+        ).save(folder)
+        (folder / "codec").mkdir()
+        (folder / "codec" / "config.json").write_text("{}")
+        return folder
 
     return make
