@@ -19,6 +19,7 @@ from gossamer.sparse.allocation import (
     Curves,
     Fixed,
     Measure,
+    OneMass,
     choose_layouts,
     coverage,
     give_out,
@@ -32,7 +33,7 @@ from gossamer.train.measures import Layer, Sample, visit_layers
 from gossamer.train.model import velocity
 from gossamer.train.refusal import Refusal
 
-ROWS_KEPT = 64  # score rows a layer and sample kept to find p
+ROWS_KEPT = 128  # score rows a layer and sample kept to find p
 BISECTIONS = 10  # of the density for an error budget
 VELOCITY = ("velocity", "velocity_exact")
 Split = tuple[Tensor, Tensor]  # k and p of every layer and head [L, H]
@@ -53,22 +54,26 @@ class _Rows:
             kept.append(x[:, :, ::step].transpose(0, 1).flatten(1, 2).float().cpu())
         self.weight.append(weight[:, :, ::step].transpose(0, 1).flatten(1).cpu())
 
-    def fit_p(self, k: Tensor, density: Tensor, *, keep_crossing: bool) -> Tensor:
-        """Bisect p [H] so that the rows' mean density is `density` [H], with k [H] as a floor."""
+    def density_of(self, *, keep_crossing: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the rows' mean density [H] as a function of k and p [H]."""
         ordered, covered = torch.cat(self.ordered, 1), torch.cat(self.covered, 1)
         weight = torch.cat(self.weight, 1)
         weight = weight / weight.sum(1, keepdim=True)
         mass = ordered.cumsum(-1)
         reached = mass - ordered if keep_crossing else mass.nextafter(torch.tensor(-1.0))
-        floor = (k * ordered.shape[-1]).round().clamp(min=1).long()[:, None]
-        low, high = torch.zeros_like(k), torch.ones_like(k)
-        for _ in range(30):
-            p = (low + high) / 2
+
+        def density(k: Tensor, p: Tensor) -> Tensor:
+            floor = (k * ordered.shape[-1]).round().clamp(min=1).long()[:, None]
             count = (reached < p[:, None, None]).sum(-1).maximum(floor)  # [H, R]
             kept = covered.gather(-1, count[..., None] - 1)[..., 0].double()
-            too_many = (kept * weight).sum(1) > density
-            low, high = torch.where(too_many, low, p), torch.where(too_many, p, high)
-        return low
+            return (kept * weight).sum(1)
+
+        return density
+
+    def fit_p(self, k: Tensor, density: Tensor, *, keep_crossing: bool) -> Tensor:
+        """Bisect p [H] so that the rows' mean density is `density` [H], with k [H] as a floor."""
+        density_of = self.density_of(keep_crossing=keep_crossing)
+        return _bisect(torch.zeros_like(k), lambda p: density_of(k, p) > density)
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,8 @@ class Calibrator:
         chosen: dict[str, Any] = {}
         if isinstance(self.method.layout, PerHead):
             chosen |= self._choose_orders(self.method.layout.names, allocation.measure, target)
+        curve_densities: list[float] = []
+        curve_error: Any = []
         if isinstance(allocation, Fixed):
             if error_budget is not None:
                 raise Refusal(
@@ -167,7 +174,8 @@ class Calibrator:
             k, p = self.method.policy.k.cpu(), self.method.policy.p.cpu()
             shape = len(self.layers), self.heads
             splits = [(k.expand(shape), p.expand(shape))]
-            curve_densities, curve_error = [], []
+        elif isinstance(allocation, OneMass):
+            splits = [self._one_mass(allocation.k, target, error_budget)]
         else:
             found = self._measure(allocation.measure, keep_rows=len(allocation.splits) > 1)
             worth = allocation.worth(found.curves)
@@ -203,6 +211,35 @@ class Calibrator:
         )
         result.chosen["measured_error"] = _rounded(self._sparse_error(outcome.k, outcome.p))
         return replace(result, seconds=time.monotonic() - start)
+
+    def _one_mass(self, k: float, target: float, error_budget: float | None) -> Split:
+        """Return k and the p of all heads whose mean density on the samples is the target."""
+        if error_budget is not None:
+            raise Refusal(
+                "error_budget",
+                error_budget,
+                "null with allocation=one_mass, which meets a density",
+                "choose another allocation, or give sparsity instead",
+            )
+        found = self._measure(None, keep_rows=True)
+        crossing = self.method.policy.keep_crossing
+        of_layers = [rows.density_of(keep_crossing=crossing) for rows in found.rows]
+        floor = torch.full((self.heads,), k)
+
+        def too_many(p: Tensor) -> Tensor:
+            every = p.expand(self.heads)
+            return torch.stack([density(floor, every) for density in of_layers]).mean() > target
+
+        if bool(too_many(torch.zeros(1))):
+            raise Refusal(
+                "allocation.k",
+                k,
+                f"a share below the density asked for, {target:.4g}",
+                "lower allocation.k or sparsity",
+            )
+        p = _bisect(torch.zeros(1), too_many)
+        shape = len(self.layers), self.heads
+        return floor.expand(shape), p.expand(shape)
 
     def _choose_orders(
         self, names: tuple[str, ...], measure: Measure | None, target: float
@@ -377,6 +414,16 @@ class Calibrator:
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(len(self.layers), self.heads, *shape, dtype=torch.float64)
+
+
+def _bisect(low: Tensor, too_much: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the largest numbers from `low` to 1 of which none is too much."""
+    high = torch.ones_like(low)
+    for _ in range(30):
+        middle = (low + high) / 2
+        over = too_much(middle)
+        low, high = torch.where(over, low, middle), torch.where(over, middle, high)
+    return low
 
 
 def _describe(allocation: Allocation, outcome: _Outcome) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,6 +74,15 @@ class LatentDataset(Dataset):
         text = torch.zeros(self.manifest.text["length"], self.manifest.text["dim"])
         text[: len(tensors["text"])] = tensors["text"]
         return {**tensors, "text": text, "index": index}
+
+    def evenly(self, count: int) -> "LatentDataset":
+        """Return a split of only so many of the items, evenly spaced."""
+        some = copy(self)
+        count = min(count, len(self))
+        chosen = [int((i + 0.5) * len(self) / count) for i in range(count)]
+        some._rows, some._meta = self._rows.select(chosen), self._meta.select(chosen)
+        some.prompts = [self.prompts[i] for i in chosen]
+        return some
 
     def meta(self, index: int) -> dict:
         """The columns of a row that are not tensors."""

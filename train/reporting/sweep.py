@@ -78,7 +78,8 @@ def _table_section(
         for number, job in enumerate(jobs, 1)
         if job["status"] == "failed"
     ]
-    title = f"Jobs: {len(jobs) - len(failures)} of {len(jobs)} finished"
+    done = sum(job["status"] in ("finished", "skipped") for job in jobs)
+    title = f"Jobs: {done} of {len(jobs)} finished"
     return page.section(title, page.table(("job", *swept, *RESULTS), rows, caption), *failures)
 
 
