@@ -51,10 +51,10 @@ def choose_arms(known: dict[str, list[str]], asked: Any) -> dict[str, list[Overr
     return {name: parse_overrides(known[name]) for name in chosen}
 
 
-def merge(arm: Sequence[Override], constant: Sequence[Override]) -> list[Override]:
-    """Return an arm's overrides and the constant ones, which win where both give a key."""
-    given = {override.key_or_group for override in constant}
-    return [*constant, *(o for o in arm if o.key_or_group not in given)]
+def merge(arm: Sequence[Override], others: Sequence[Override]) -> list[Override]:
+    """Return the overrides of a sweep and of an arm, which wins where both give a key."""
+    own = {override.key_or_group for override in arm}
+    return [*(o for o in others if o.key_or_group not in own), *arm]
 
 
 def _packaged(recipe: str | None) -> Path:

@@ -202,17 +202,17 @@ def _plan(
     if any(override.key_or_group == "name" for override in swept):
         raise Refusal("name", "several values", "one name", "each job's folder is named for it")
     given = {o.key_or_group: o.value() for o in constant}
-    chosen: dict[str | None, list[Override]] = {None: []}
+    chosen: list[tuple[str | None, list[Override]]] = [(None, [])]
     if arms is not None:
         known = load_arms(str(given.get("recipes")))
-        chosen = {arm: own for arm, own in choose_arms(known, arms).items()}
+        chosen = [*choose_arms(known, arms).items()]
     lines = _typed(constant)
     first = compose([*lines, *combinations[0]])
     recipe = "several" if any(o.key_or_group == "recipes" for o in swept) else first.recipe_name
     name = first.name if "name" in given else f"{recipe}-sweep"
     jobs: dict[str, Job] = {}
-    for arm, own in chosen.items():
-        settled = {o.key_or_group for o in own if o.key_or_group not in given}
+    for arm, own in chosen:
+        settled = {o.key_or_group for o in own}
         for combination in combinations:
             parsed = parse_overrides(combination)
             free = [

@@ -14,6 +14,7 @@ from gossamer.train.config import fingerprint
 from gossamer.train.refusal import Refusal
 from gossamer.train.report import headline
 from gossamer.train.reporting.run import Run
+from gossamer.train.run_dir import FREE_KEYS, PLACE_KEYS
 
 DIGITS = 5
 # Of the evaluation; what is left out is large and can be measured again.
@@ -22,7 +23,7 @@ KEPT = (
     *("density", "recall", "forward_seconds", "floor", "noise_levels", "clips", "device"),
 )
 SETTINGS = (
-    *("sparsity", "seed", "steps", "batch_size", "optimizer.lr", "loss.name", "layout._target_"),
+    *("sparsity", "seed", "steps", "batch_size", "optimizer.lr", "loss._target_", "layout._target_"),
     *("estimator._target_", "policy._target_", "allocation._target_", "compensation._target_"),
     *("training_data.clips", "training_data.dir", "model.path", "evaluation.sample_steps"),
 )
@@ -30,7 +31,7 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Results:
-    """The lines of a .jsonl file; a job is known by the fingerprint of its config."""
+    """The lines of a .jsonl file, one for each job."""
 
     path: Path
 
@@ -46,16 +47,22 @@ class Results:
             found[row["fingerprint"]] = row
         return list(found.values())
 
+    @staticmethod
+    def identity(cfg: DictConfig) -> str:
+        """Return what tells a job from others: a hash of all that decides what it finds."""
+        free = (*PLACE_KEYS, *FREE_KEYS)
+        return fingerprint(cfg, ["stages", *(key for key in map(str, cfg) if key not in free)])
+
     def metrics_of(self, cfg: DictConfig) -> dict[str, Any] | None:
         """Return the headline figures of a job that is in the file, or None."""
-        own = fingerprint(cfg)
+        own = self.identity(cfg)
         return next((row["metrics"] for row in self.lines if row["fingerprint"] == own), None)
 
     def add(
         self, job: str, overrides: Mapping[str, Any], cfg: DictConfig, seconds: float | None
     ) -> None:
         """Append the line of a finished job."""
-        own = {"job": job, "overrides": dict(overrides), "fingerprint": fingerprint(cfg)}
+        own = {"job": job, "overrides": dict(overrides), "fingerprint": self.identity(cfg)}
         settings = {key: OmegaConf.select(cfg, key) for key in SETTINGS}
         row = {**own, "settings": settings, "seconds": seconds, **record(Path(cfg.run_dir))}
         text = json.dumps(_plain(row), separators=(",", ":"))
