@@ -61,13 +61,19 @@ def evaluate_stage(job: "Job") -> None:
         result = (_sparse if job.is_sparse else _dense)(_Heldout(job, clips))
     result |= {
         "noise_levels": list(options.noise_levels),
-        "clips": [{"index": i, "clip_id": dataset.meta(i)["clip_id"]} for i in chosen],
+        "clips": [_clip(i, dataset.meta(i)) for i in chosen],
         "device": device_name(job.device),
         "seconds": time.monotonic() - start,
         "made_for": made_for,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(result))
+
+
+def _clip(index: int, meta: dict[str, Any]) -> dict[str, Any]:
+    """Return what a clip is called and its shot: two clips of one shot are not independent."""
+    shot = f"{meta['source']}:{meta['shot_start']}"
+    return {"index": index, "clip_id": meta["clip_id"], "shot": shot}
 
 
 def method_identity(job: "Job") -> list[str]:

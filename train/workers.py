@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 LEAST = 5.0  # seconds left below which no job is begun
+COMMAND = [sys.executable, "-m", "gossamer.train.worker"]
 GRACE = 45.0  # seconds that a job which is told to stop may take to save its step
 
 
@@ -103,7 +104,7 @@ class Pool:
 
     def _start(self, place: int) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gossamer.train.worker"],
+            COMMAND,
             env=self._environments[place],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -23,7 +23,15 @@ KEPT = (
     *("density", "recall", "forward_seconds", "floor", "noise_levels", "clips", "device"),
 )
 SETTINGS = (
-    *("sparsity", "seed", "steps", "batch_size", "optimizer.lr", "loss._target_", "layout._target_"),
+    *(
+        "sparsity",
+        "seed",
+        "steps",
+        "batch_size",
+        "optimizer.lr",
+        "loss._target_",
+        "layout._target_",
+    ),
     *("estimator._target_", "policy._target_", "allocation._target_", "compensation._target_"),
     *("training_data.clips", "training_data.dir", "model.path", "evaluation.sample_steps"),
 )
