@@ -285,6 +285,8 @@ def _share_out(
     jobs: Sequence[Job], launch: Launch, folder: Path, start: float
 ) -> Iterator[tuple[Job, Outcome]]:
     """Let workers do the jobs until the time is out, and say how each went."""
+    if not jobs:
+        return
     known: dict[str, Job] = {job.label: job for job in jobs}
     tasks, before = [], {}
     for job in jobs:
