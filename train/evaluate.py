@@ -82,10 +82,15 @@ def relative_errors(
 
 @dataclass
 class MaskReport:
-    """Mean density and captured attention mass of each layer and head."""
+    """Mean density and captured attention mass of each layer and head, and one clip's masks.
+
+    `selected` is bool [H, Nq, Nk] of the first clip at the middle noise level; empty where the
+    layers' numbers of blocks differ.
+    """
 
     density: dict[str, Tensor] = field(default_factory=dict)
     recall: dict[str, Tensor] = field(default_factory=dict)
+    selected: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def mean_density(self) -> float:
@@ -106,15 +111,19 @@ def measure_masks(model: nn.Module, samples: list[Sample]) -> MaskReport:
         handles.append(attention.register_forward_pre_hook(keep))
     density: dict[str, list[Tensor]] = {name: [] for name in layers}
     recall: dict[str, list[Tensor]] = {name: [] for name in layers}
-    seen = [0] * (1 + max(s.level for s in samples))
+    num_levels = 1 + max(s.level for s in samples)
+    seen, selected = [0] * num_levels, {}
     try:
         for sample in tqdm(samples, desc="masks", unit="batch"):
             velocity(model, sample.x, sample.t, sample.text, sample.condition)
             few = max(0, min(len(sample.t), MASK_CLIPS - seen[sample.level]))
+            is_shown = sample.level == num_levels // 2 and not seen[sample.level]
             seen[sample.level] += few
             for name, attention in layers.items():
                 assert attention.mask is not None
                 density[name].append(attention.mask.density.cpu())
+                if is_shown:
+                    selected[name] = attention.mask.selected[0].cpu()
                 if few:
                     recall[name].append(_recall(attention, *captured[name], few))
     finally:
@@ -124,7 +133,7 @@ def measure_masks(model: nn.Module, samples: list[Sample]) -> MaskReport:
     def mean(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         return {name: torch.cat(rows).mean(0) for name, rows in parts.items()}
 
-    return MaskReport(mean(density), mean(recall))
+    return MaskReport(mean(density), mean(recall), selected)
 
 
 def flow_losses(found: list[Tensor], samples: list[Sample], num_levels: int) -> list[list[float]]:

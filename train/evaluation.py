@@ -30,6 +30,7 @@ from gossamer.train.evaluate import (
     velocities,
 )
 from gossamer.train.files import sha256, write_atomic
+from gossamer.train.reporting.maps import write_masks
 
 if TYPE_CHECKING:
     from gossamer.train.job import Job
@@ -40,6 +41,7 @@ METHOD = ("layout", "estimator", "policy", "compensation", "backend", "noise", "
 FIXED = ("model", "data", "codec", "text", "noise", "guidance", "evaluation")  # of the teacher
 EVALUATION = "evaluation/evaluation.json"
 SAMPLES = "samples"
+MASKS = "evaluation/masks.npz"
 
 
 def evaluate_stage(job: "Job") -> None:
@@ -151,6 +153,7 @@ class _Heldout:
         videos = decode(known | latents, self.job.codec, self.job.device)
         folder = self.job.run_dir / EVALUATION
         kept = keep_videos(videos, folder.parent / SAMPLES, self.options.kept_videos)
+        videos["first"] = videos["real"][:, :1].expand_as(videos["real"])
         return {
             "quality": judge(videos, list(self.options.extra)),
             "files": [f"{SAMPLES}/{file.name}" for file in kept],
@@ -177,6 +180,7 @@ def _sparse(heldout: _Heldout) -> dict[str, Any]:
     started = velocities(before, heldout.samples, "before")
     masks: dict[str, MaskReport] = {"before": measure_masks(before, heldout.samples)}
     masks["after"] = measure_masks(own, heldout.samples) if after else masks["before"]
+    write_masks(job.run_dir / MASKS, {when: report.selected for when, report in masks.items()})
     latents = {}
     if heldout.sampled:
         latents["teacher"] = heldout.latents("teacher", heldout.teacher)

@@ -1,4 +1,8 @@
-"""`python -m gossamer.train.study numbers RESULTS.jsonl PAGE.md`: what a study found, as a page."""
+"""What a study found, as a page.
+
+python -m gossamer.train.study numbers RESULTS.jsonl PAGE.md
+python -m gossamer.train.study page RESULTS.jsonl SWEEP_FOLDER PAGE.html [--arms C F]
+"""
 
 import argparse
 import sys
@@ -15,12 +19,24 @@ def main(arguments: list[str]) -> int:
     numbers = commands.add_parser("numbers", help="Markdown tables, verdicts and a Pareto plot")
     numbers.add_argument("results", type=Path)
     numbers.add_argument("page", type=Path)
+    shown = commands.add_parser("page", help="HTML: playing videos, masks and budgets")
+    shown.add_argument("results", type=Path)
+    shown.add_argument("runs", type=Path)
+    shown.add_argument("page", type=Path)
+    shown.add_argument("--arms", nargs="+", default=())
+    shown.add_argument("--clips", type=int, default=2)
     options = parser.parse_args(arguments)
     try:
-        from gossamer.train.study.numbers import write_numbers
-
         lines = Results(options.results).required()
-        written = write_numbers(lines, options.page, source=str(options.results))
+        if options.command == "numbers":
+            from gossamer.train.study.numbers import write_numbers
+
+            written = write_numbers(lines, options.page, source=str(options.results))
+        else:
+            from gossamer.train.study.page import write_page
+
+            chosen = {"arms": options.arms, "clips": options.clips}
+            written = write_page(lines, options.runs, options.page, **chosen)
     except Refusal as refusal:
         sys.stderr.write(f"error: {refusal}\n")
         return 2

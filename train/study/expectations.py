@@ -137,7 +137,7 @@ def _close_to_real(study: Study) -> Iterator[Verdict]:
         return
     cell, own, teacher = max(found, key=lambda each: each[1].mean())
     gap = bootstrap([teacher, own], cell.sampled_shots, difference)
-    repeat = cell.quality("real/repeat", "psnr")
+    repeat = cell.quality("real/first", "psnr")
     text = f"{cell.arm} is {gap.text(2)} dB below the teacher ({teacher.mean():.2f} dB)."
     status = _at_most(gap, WITHIN)
     if repeat is not None:

@@ -126,7 +126,8 @@ def _floor(study: Study) -> Iterator[str]:
         for pair, words in (
             ("teacher/other_noise", "teacher, another noise: PSNR to its sample, dB"),
             ("real/teacher", "teacher: PSNR to the real clip, dB"),
-            ("real/repeat", "the first frame repeated: PSNR to the real clip, dB"),
+            ("real/first", "the first frame repeated: PSNR to the real clip, dB"),
+            ("real/repeat", "the given frames held: PSNR to the real clip, dB"),
         ):
             found = teacher.quality(pair, "psnr")
             if found is not None:
@@ -145,7 +146,7 @@ def _by_sparsity(study: Study, figure: Callable[[Cell], str]) -> Iterator[str]:
         cells = [study.get(arm, s) for s in study.sparsities]
         texts = [figure(cell) if cell is not None else "" for cell in cells]
         if any(texts):
-            rows.append((_named(arm), *texts))
+            rows.append((named(arm), *texts))
     yield from (*_table(head, rows), "")
 
 
@@ -155,7 +156,7 @@ def _by_level(study: Study, sparsity: float) -> Iterator[str]:
     for arm in study.arms:
         cell = study.get(arm, sparsity)
         if cell is not None and cell.after is not None:
-            rows.append((_named(arm), *(f"{x:.3f}" for x in cell.after.mean((0, 1)))))
+            rows.append((named(arm), *(f"{x:.3f}" for x in cell.after.mean((0, 1)))))
     yield from (f"At {100 * sparsity:g} %, by noise level:", "")
     yield from (*_table(("arm", *(f"t = {level:g}" for level in levels)), rows), "")
 
@@ -176,7 +177,7 @@ def _cost(study: Study, sparsity: float) -> Iterator[str]:
             steps = (f"{reached[0]:.0f}", f"{reached[1]:.1f}")
         rows.append(
             (
-                _named(arm),
+                named(arm),
                 *steps,
                 _figure(cell.cost("step_seconds"), 3),
                 _figure(cell.cost("peak_memory_gib"), 1),
@@ -212,7 +213,8 @@ def _quality(pair: str, measure: str) -> Callable[[Cell], str]:
     return figure
 
 
-def _named(arm: str) -> str:
+def named(arm: str) -> str:
+    """Return an arm's letter and what it is."""
     base, _, kind = arm.partition("-")
     words = WORDS.get(arm) or WORDS.get(base, "")
     return f"{arm}: {words}" + (f", {MISMATCHED[kind]}" if kind in MISMATCHED else "")

@@ -15,60 +15,6 @@ from gossamer.train.study.expectations import steps_to, verdicts
 from gossamer.train.study.record import Results
 from gossamer.train.study.statistics import bootstrap, difference, mean, ratio
 
-SHOTS = ["a", "a", "a", "b", "c", "d", "e", "f"]
-LEVELS = [0.9, 0.5, 0.1]
-STEPS = [0, 10, 20, 100]
-
-
-def line(
-    arm: str, sparsity: float, seed: int, *, error: float, start: float = 0.3, **changes: Any
-) -> dict[str, Any]:
-    """Return a result whose error is about `error` in every clip, with the clips' own spread."""
-    spread = 1 + 0.2 * np.sin(np.arange(len(SHOTS)))[:, None] * np.ones(len(LEVELS))
-    chance = np.random.default_rng([seed, *arm.encode()])
-    noise = 1 + 0.01 * chance.normal(size=spread.shape)
-    curve = [
-        [step, 0.1 * step, start + (error - start) * min(1, i)] for i, step in enumerate(STEPS)
-    ]
-    psnr = [20.0 + i for i in range(4)]
-    dense = sparsity == 0
-    found: dict[str, Any] = {
-        "job": f"{arm} {sparsity} {seed}",
-        "overrides": {"arm": arm},
-        "fingerprint": f"{arm} {sparsity} {seed}",
-        "settings": {"sparsity": sparsity, "seed": seed, "steps": 100, "batch_size": 4,
-                     "evaluation.sample_steps": 30},
-        "seconds": 40.0,
-        "metrics": {},
-        "trained": not arm.startswith(("A", "T")),
-        "velocity_error": {
-            "before": (start * spread).tolist(),
-            "after": {str(seed): (error * spread * noise).tolist()},
-        },
-        "forward_seconds": {"student": 0.02} | ({} if dense else {"teacher": 0.03}),
-        "noise_levels": LEVELS,
-        "clips": [{"index": i, "clip_id": f"c{i}", "shot": s} for i, s in enumerate(SHOTS)],
-        "device": "a GPU",
-        "quality": {
-            "real/teacher": {"psnr": psnr},
-            "real/repeat": {"psnr": [x - 2 for x in psnr]},
-            "real/after": {"psnr": [x - error for x in psnr]},
-            "teacher/after": {"psnr": [30.0 - 10 * error] * 4},
-        },
-        "training": {"curve": curve, "step_seconds": 0.1},
-    }  # fmt: skip
-    if not dense:
-        found["sparsity"] = {"measured_after": sparsity}
-    return {**found, **changes}
-
-
-def study(**errors: float) -> Study:
-    named = {arm.replace("_", "-"): error for arm, error in errors.items()}
-    return Study.of([
-        line(arm, s, seed, error=error)
-        for arm, error in named.items() for s in (0.9, 0.95) for seed in (0, 1, 2)
-    ])  # fmt: skip
-
 
 def status(found: Sequence[Any], *words: str) -> str:
     matching = [v.status for v in found if all(word in v.expected for word in words)]
@@ -105,7 +51,7 @@ def test_a_curve_reaches_an_error_at_its_first_step_below() -> None:
     assert steps_to(curve, 0.05) is None
 
 
-def test_verdicts_follow_the_figures() -> None:
+def test_verdicts_follow_the_figures(study: Any) -> None:
     good = verdicts(study(C=0.18, F=0.09, D=0.13, E=0.12, G=0.15, H=0.2, B_few=0.2, C_few=0.15))
     for words in (
         ("F's final",), ("95 %, E is better than D",), ("95 %, D is better than H",),
@@ -121,14 +67,14 @@ def test_verdicts_follow_the_figures() -> None:
     assert status(equal, "95 %, E is better than D") in ("held on average", "did not hold")
 
 
-def test_a_start_below_the_goal_needs_no_step() -> None:
+def test_a_start_below_the_goal_needs_no_step(line: Any) -> None:
     lines = [line("C", 0.95, 0, error=0.18), line("F", 0.95, 0, error=0.1, start=0.15)]
     found = [v for v in verdicts(Study.of(lines)) if "F reaches" in v.expected]
     assert found[0].status == "held" and "at step 0 of 100" in found[0].found
 
 
 def test_the_page_holds_the_tables_and_the_plot(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, line: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results, page = tmp_path / "study.jsonl", tmp_path / "docs" / "numbers.md"
     lines = [
@@ -155,7 +101,7 @@ def test_the_page_holds_the_tables_and_the_plot(
 
 
 def test_results_of_other_clips_and_missing_results_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, line: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Refusal, match="the same noise_levels"):
         Study.of([line("C", 0.9, 0, error=1), line("C", 0.9, 1, error=1, noise_levels=[0.5])])
