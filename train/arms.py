@@ -38,7 +38,7 @@ def load_arms(recipe: str | None) -> dict[str, list[str]]:
 
 
 def choose_arms(known: dict[str, list[str]], asked: Any) -> dict[str, list[Override]]:
-    """Return the arms that are asked for (a name, several, or all), parsed, in their file's order.
+    """Return the arms that are asked for (a name, several, or all), parsed, in the order asked.
 
     Refusal for a name that is not there.
     """
@@ -47,7 +47,7 @@ def choose_arms(known: dict[str, list[str]], asked: Any) -> dict[str, list[Overr
         if name not in known and name != ALL:
             fix = nearest(name, known) or "sweep.arms=all takes every one"
             raise Refusal("sweep.arms", name, f"{ALL}, {', '.join(known)}", fix)
-    chosen = [name for name in known if name in names or ALL in names]
+    chosen = known if ALL in names else names
     return {name: parse_overrides(known[name]) for name in chosen}
 
 

@@ -53,9 +53,9 @@ def test_every_arm_of_the_study_composes_at_every_sparsity(tmp_path: Path) -> No
 
 def test_an_arm_wins_over_the_sweep_and_comes_once_for_what_it_settles(recipe: Path) -> None:
     found = jobs(f"recipe={recipe}", "sweep.arms=[dense,untrained]", "sparsity=0.5", "seed=1,2")
-    assert [job.label for job in found] == ["arm=untrained", "arm=dense,seed=1", "arm=dense,seed=2"]
-    assert [job.cfg.sparsity for job in found] == [0.5, 0.0, 0.0]
-    assert [job.cfg.seed for job in found] == [0, 1, 2]
+    assert [job.label for job in found] == ["arm=dense,seed=1", "arm=dense,seed=2", "arm=untrained"]
+    assert [job.cfg.sparsity for job in found] == [0.0, 0.0, 0.5]
+    assert [job.cfg.seed for job in found] == [1, 2, 0]
 
 
 def test_unknown_arms_and_recipes_without_arms_are_refused(recipe: Path) -> None:

@@ -159,9 +159,10 @@ def _mean(errors: Array | None) -> Array:
 
 
 def _at_most(found: Estimate, limit: float) -> str:
-    if found.high <= limit:
+    """Return the status of a figure that should be below a limit: two equal arms do not differ."""
+    if found.high < limit:
         return "held"
-    return "held on average" if found.value <= limit else "did not hold"
+    return "held on average" if found.value < limit else "did not hold"
 
 
 def summary(found: Sequence[Verdict]) -> str:

@@ -69,9 +69,9 @@ def _of_sparsity(lines: Sequence[Mapping[str, Any]], sparsity: float) -> list[Ma
 
 def _expected(study: Study) -> Html:
     found = verdicts(study)
-    rows = [(v.status, v.expected, v.found) for v in found]
-    table = page.table(("", "expected", "found"), rows)
-    return page.section("What we expected", page.paragraph(summary(found), "lead"), table)
+    each = [page.paragraph(f"{v.status}: {v.expected}. {v.found}") for v in found]
+    lead = page.paragraph(summary(found), "lead")
+    return page.section("What we expected", lead, page.details("Each of them", *each))
 
 
 def _table(study: Study, sparsity: float, lines: Sequence[Mapping[str, Any]]) -> Html:

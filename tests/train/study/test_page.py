@@ -91,7 +91,7 @@ def test_the_page_opens_alone_and_names_what_it_shows(page: Path) -> None:
     for video in videos:
         assert {"autoplay", "loop", "muted", "playsinline"} <= video.keys()
         assert str(video["src"]).startswith("data:video/webm;base64,")
-    assert len(tags.all("details")) == 4, "masks and budgets of C and F; J has none"
+    assert len(tags.all("details")) == 5, "expectations, masks and budgets of C and F"
     for expected in ("29.0 dB to the teacher", "15.00 % of the budget moved", "did not hold"):
         assert expected in text, expected
 
