@@ -226,9 +226,12 @@ class Job:
         )
 
     def own_calibrator(self) -> Calibrator:
-        """Return the run's calibrator; one that is kept has measured what other runs share."""
+        """Return the run's calibrator; the last one is kept for runs that share its measurements."""
         keys = [*MEASURED, *([] if self.cfg.calibration.seed is not None else ["seed"])]
         key = "calibrator", fingerprint(self.cfg, keys)
+        kept = {} if self.kept is None else self.kept
+        for other in [k for k in kept if k[0] == key[0] and k != key]:
+            del kept[other]  # it holds a teacher and samples on the device
         return self.once(key, lambda: self.calibrator(self.dense()))
 
     @cached_property

@@ -1,8 +1,6 @@
 """The arms of a study: read, chosen and merged; a study of three arms from start to results."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +102,12 @@ def test_a_study_runs_in_a_worker_and_a_second_call_has_nothing_to_do(
     del settings["layout.block"]
     settings |= {"steps": 2, "sparsity": 0.5, "evaluation.every": 1, "evaluation.every_clips": 1}
     results = tmp_path / "results" / "tiny.jsonl"
-    command = [
-        sys.executable, "-c", "import sys; from gossamer.train.cli import main; sys.exit(main())",
-        "sweep", f"recipe={recipe}", *lab.overrides(tmp_path / "runs", settings), "sweep.arms=all",
+    overrides = [
+        f"recipe={recipe}", *lab.overrides(tmp_path / "runs", settings), "sweep.arms=all",
         "sweep.workers=1", f"sweep.results={results}", "sweep.keep_checkpoints=false", "seed=0",
         "sweep.time_limit=300",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=lab.source)
-    assert done.returncode == 0, done.stderr
+    assert sweep(overrides) == 0
     rows = {row["overrides"]["arm"]: row for row in map(json.loads, results.open())}
     assert set(rows) == {"untrained", "trained", "dense"}
     untrained, trained, dense = rows["untrained"], rows["trained"], rows["dense"]
@@ -128,7 +124,7 @@ def test_a_study_runs_in_a_worker_and_a_second_call_has_nothing_to_do(
     sweep_dir = tmp_path / "runs" / "tiny-sweep"
     assert not list(sweep_dir.glob("*/checkpoints")) and (sweep_dir / "report").is_dir()
     stamp = results.read_bytes()
-    assert sweep([argument for argument in command[4:] if argument]) == 0
+    assert sweep(overrides) == 0
     assert results.read_bytes() == stamp
     summary = json.loads((sweep_dir / "summary.json").read_text())
     assert [job["status"] for job in summary] == ["skipped"] * 3

@@ -28,7 +28,7 @@ def test_a_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
     for _ in range(100):
         of_shot = chance.normal(size=20).repeat(2)
         table = 5 + of_shot[None] + 0.1 * chance.normal(size=(1, 40))
-        found = bootstrap([table], shots, mean, draws=300)
+        found = bootstrap([table], shots, mean, draws=200)
         covered += found.low <= 5 <= found.high
     assert 85 <= covered <= 99  # clips taken as independent cover about 82
 
