@@ -226,7 +226,7 @@ class Job:
         )
 
     def own_calibrator(self) -> Calibrator:
-        """Return the run's calibrator; the last one is kept for runs that share its measurements."""
+        """Return the run's calibrator; the last is kept for runs that share what it measured."""
         keys = [*MEASURED, *([] if self.cfg.calibration.seed is not None else ["seed"])]
         key = "calibrator", fingerprint(self.cfg, keys)
         kept = {} if self.kept is None else self.kept
