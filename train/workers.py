@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -140,9 +141,10 @@ class Pool:
                         process = self._start(place)
                 ended.put(Done(task, code, time.monotonic() - start))
         finally:
-            assert process.stdin is not None
-            process.stdin.close()
             ended.put(None)
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):  # of a worker that died
+                process.stdin.close()
 
 
 def _ask(process: "subprocess.Popen[str]", task: Task) -> int | None:
