@@ -1,4 +1,4 @@
-"""What a study found, as a page.
+"""What a study found, as a page; and a film for its arms on data that do not match.
 
 python -m gossamer.train.study numbers RESULTS.jsonl PAGE.md
 python -m gossamer.train.study page RESULTS.jsonl SWEEP_FOLDER PAGE.html [--arms C F]
@@ -25,8 +25,16 @@ def main(arguments: list[str]) -> int:
     shown.add_argument("page", type=Path)
     shown.add_argument("--arms", nargs="+", default=())
     shown.add_argument("--clips", type=int, default=2)
+    film = commands.add_parser("film", help="a procedural film")
+    film.add_argument("page", type=Path, metavar="film")
+    film.add_argument("--shots", type=int, default=24)
     options = parser.parse_args(arguments)
     try:
+        if options.command == "film":
+            from gossamer.train.study.procedural import write_film
+
+            sys.stdout.write(f"{write_film(options.page, shots=options.shots)}\n")
+            return 0
         lines = Results(options.results).required()
         if options.command == "numbers":
             from gossamer.train.study.numbers import write_numbers
