@@ -47,6 +47,24 @@ class Uniform:
         return -rank.expand(len(curves.density), -1)
 
 
+class OneMass:
+    """One k and one p for all heads: k as given, p as large as the density allows.
+
+    The rule of published recipes (SpargeAttention2, k = 0.03). The density of p drifts with the
+    data, so it is met on the calibration samples only.
+    """
+
+    measure: Measure | None = None
+
+    def __init__(self, *, k: float = 0.03) -> None:
+        if not 0 <= k < 1:
+            raise ValueError(f"k={k}: allowed is a share from 0 to below 1; e.g. k=0.03")
+        self.k = k
+
+    def worth(self, curves: Curves) -> Tensor:
+        raise ValueError("allocation=one_mass: its budget is one mass; choose another allocation")
+
+
 class EqualError:
     """The smallest budget of each head whose error is below one bound for all heads.
 

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.sparse.allocation import Allocation, Fixed, Measure, choose_layouts, give_out
+from gossamer.sparse.allocation import (
+    Allocation,
+    Fixed,
+    Measure,
+    OneMass,
+    choose_layouts,
+    give_out,
+)
 from gossamer.sparse.attention import SparseMethod
 from gossamer.sparse.layouts.clusters import Clusters
 from gossamer.sparse.layouts.per_head import CLUSTERS, PerHead
@@ -24,6 +31,7 @@ from gossamer.train.measures import Sample
 from gossamer.train.refusal import Refusal
 
 BISECTIONS = 10  # of the density for an error budget
+P_BISECTIONS = 12  # of one p for all heads
 VELOCITY = ("velocity", "velocity_exact")
 CORRECTIONS = 8  # of all k together, where a policy does not count blocks
 CLOSE = 1e-3  # of the planned density to the one asked for
@@ -75,6 +83,8 @@ class Calibrator:
         start = time.monotonic()
         target = 1 - (sparsity or 0.0)
         chosen: dict[str, Any] = {}
+        curve_densities: list[float] = []
+        curve_error: Any = []
         if isinstance(self.method.layout, PerHead):
             chosen |= self._choose_orders(self.method.layout, allocation.measure, target)
         if isinstance(allocation, Fixed):
@@ -87,7 +97,8 @@ class Calibrator:
                 )
             shape = len(self.gauge.layers), self.gauge.heads
             k, p = (x.cpu().expand(shape) for x in (self.method.policy.k, self.method.policy.p))
-            curve_densities, curve_error = [], []
+        elif isinstance(allocation, OneMass):
+            k, p = self._one_mass(allocation.k, target, error_budget)
         else:
             found = self.gauge.curves(allocation.measure)
             worth = allocation.worth(found.curves)
@@ -129,6 +140,32 @@ class Calibrator:
         )
         result.chosen["measured_error"] = _rounded(self.gauge.sparse_error(k, p))
         return replace(result, seconds=time.monotonic() - start)
+
+    def _one_mass(
+        self, k: float, target: float, error_budget: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return k and the largest p of all heads whose mean density is at most the target."""
+        if error_budget is not None:
+            raise Refusal(
+                "error_budget",
+                error_budget,
+                "null with allocation=one_mass, which meets a density",
+                "choose another allocation, or give sparsity instead",
+            )
+        floor = torch.full((len(self.gauge.layers), self.gauge.heads), k)
+        low, high = 0.0, 1.0
+        if float(self.gauge.density(floor, torch.zeros_like(floor)).mean()) > target + CLOSE:
+            raise Refusal(
+                "allocation.k",
+                k,
+                f"a share below the density asked for, {target:.4g}",
+                "lower allocation.k or sparsity",
+            )
+        for _ in range(P_BISECTIONS):
+            middle = (low + high) / 2
+            density = float(self.gauge.density(floor, torch.full_like(floor, middle)).mean())
+            low, high = (low, middle) if density > target else (middle, high)
+        return floor, torch.full_like(floor, low)
 
     def _choose_orders(
         self, layout: PerHead, measure: Measure | None, target: float

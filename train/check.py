@@ -25,6 +25,7 @@ from gossamer.train.data.shards import MANIFEST, Manifest
 from gossamer.train.data.store import mirror
 from gossamer.train.loop import TrainSettings
 from gossamer.train.model import ModelSource
+from gossamer.train.quality import check_extra
 from gossamer.train.refusal import Refusal
 from gossamer.train.sizes import checkpoint_size, clip_size
 from gossamer.train.text import HashedWords, TextEncoder
@@ -57,6 +58,8 @@ def preflight(cfg: DictConfig, stages: list[str]) -> dict[str, Any]:
     source.check_weights()
     codec, text = build(cfg.codec), build(cfg.text)
     settings = _check_data(cfg, stages, codec, text, source.condition)
+    _check_training_data(cfg)
+    check_extra(list(cfg.evaluation.extra))
     latents = [codec.latent_shape(*size) for size in buckets_of(settings)]
     latent = max(latents, key=prod)
     _check_channels(model, latent[0], source.condition)
@@ -169,6 +172,26 @@ def _check_data(
     return settings
 
 
+def _check_training_data(cfg: DictConfig) -> None:
+    """Refuse other training clips than the data's that the model and the run cannot use."""
+    own = Manifest.load(data_dir(cfg))
+    options = cfg.training_data
+    if cfg.noise_draws and (options.dir or options.clips):
+        raise Refusal("noise_draws", cfg.noise_draws, "0 with training_data", "leave one out")
+    if options.dir is None:
+        return
+    other = Manifest.load(Path(options.dir))
+    if other is None or "train" not in other.splits:
+        allowed = f"a folder with {MANIFEST} and training clips"
+        fix = "run gossamer encode with data.dir set to it"
+        raise Refusal("training_data.dir", options.dir, allowed, fix)
+    for name in ("codec", "text"):
+        if own is not None and getattr(own, name) != getattr(other, name):
+            allowed = f"clips of the same {name} as in {data_dir(cfg)}"
+            fix = f"encode them with {name} as the model's ({name}.path=...)"
+            raise Refusal("training_data.dir", options.dir, allowed, fix)
+
+
 def check_splits(manifest: Manifest, folder: Path, stages: list[str]) -> None:
     """Refuse encoded data without the clips that a stage reads."""
     read_by = {"calibrate": "train", "train": "train", "evaluate": "heldout", "export": "train"}
@@ -251,7 +274,7 @@ def _check_sparsity(
     num_q, num_kv = method.layout.num_blocks(grid)
     most = _most_sparsity(cfg, method, num_kv)
     if cfg.sparsity is not None and cfg.sparsity > most + 1e-9:
-        kept = f"{round((1 - most) * num_kv)} of {num_kv} blocks a row"
+        kept = f"{(1 - most) * num_kv:.3g} of {num_kv} blocks a row"
         raise Refusal(
             "sparsity",
             cfg.sparsity,
@@ -292,7 +315,7 @@ def _most_sparsity(cfg: DictConfig, method: SparseMethod, num_blocks: int) -> fl
     """Return the sparsity left by the fewest blocks a row that the budgets can keep."""
     if not isinstance(build(cfg.allocation), Fixed):
         return 1 - 1 / num_blocks
-    return 1 - max(1, round(float(method.policy.k[0]) * num_blocks)) / num_blocks
+    return 1 - max(1 / num_blocks, float(method.policy.k[0]))
 
 
 def _check_calibration_path(cfg: DictConfig) -> None:

@@ -27,6 +27,14 @@ FLAGS = {
     "--cfg": "print the composed config with a comment per key, and stop",
     "--version": "print the version, and stop",
 }
+SWEEP = """\
+  sweep.num_processes=1         processes of each run
+  sweep.workers=N               N processes that do one run after the other, one to a GPU
+  sweep.time_limit=SECONDS      with workers: stop in time; the same command goes on
+  sweep.arms=all                the arms of the recipe (recipes/NAME/arms.yaml), or names of some
+  sweep.results=FILE.jsonl      keep a line for each finished run; runs in it are not done again
+  sweep.keep_checkpoints=false  with results: delete those of finished runs
+"""
 REFUSED, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
@@ -71,7 +79,7 @@ def _dispatch(arguments: list[str]) -> int:
         raise Refusal("verb", verb, ", ".join(VERBS), fix)
     if "--help" in flags:
         return _show(_verb_help(verb))
-    _set_up_logging()
+    set_up_logging()
     if verb == "bench":
         from gossamer.benchmarks.command import bench
 
@@ -128,7 +136,7 @@ def _verb_help(verb: str) -> str:
 
     example = "sparsity=0.8,0.9" if verb == "sweep" else "sparsity=0.8"
     options = "\n".join(f"  {group:<13} {', '.join(names)}" for group, names in groups().items())
-    launch = "  sweep.num_processes=1   processes of each run\n" if verb == "sweep" else ""
+    launch = SWEEP if verb == "sweep" else ""
     return (
         f"gossamer {verb}: {VERBS[verb]}\n\n"
         f"usage: gossamer {verb} [recipe=NAME] [group=option ...] [key=value ...]\n"
@@ -138,7 +146,7 @@ def _verb_help(verb: str) -> str:
     )
 
 
-def _set_up_logging() -> None:
+def set_up_logging() -> None:
     """Show this package's messages, of the first process only; keep other libraries quiet."""
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(name, "error")

@@ -44,6 +44,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     Returns a resolved config; values that must still be given stay `???`.
     """
     OmegaConf.register_new_resolver("asset", _asset, replace=True)
+    OmegaConf.register_new_resolver("density", _density, replace=True)
     arguments = _hydra_arguments(parse_overrides(overrides))
     cfg, choices = _compose_with_hydra(arguments)
     values = _container(cfg)
@@ -146,6 +147,11 @@ def encode_settings(cfg: DictConfig) -> dict[str, Any]:
 def save_config(cfg: DictConfig, path: str | Path) -> None:
     """Write the config resolved and redacted; the file appears whole or not at all."""
     write_atomic(Path(path), OmegaConf.to_yaml(OmegaConf.create(redact(_container(cfg)))))
+
+
+def _density(sparsity: float) -> float:
+    """Return the share of token pairs that is left, for a policy that is given it directly."""
+    return round(1 - sparsity, 9)
 
 
 def _asset(path: str) -> str:

@@ -1,6 +1,8 @@
 """Student against teacher on held-out clips: velocity error, masks, samples."""
 
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from gossamer.sparse.attach import attentions
@@ -19,8 +22,12 @@ from gossamer.train.measures import Sample
 from gossamer.train.model import velocity
 from gossamer.train.noise import add_noise, mix
 from gossamer.train.pipeline import euler_sample
+from gossamer.train.quality import compare
+
+log = logging.getLogger(__name__)
 
 EVALUATION_SEED = 7_777_777  # never a training seed: noise of calibration and evaluation
+OTHER_NOISE = 1_000  # in place of a noise level: samples from another noise
 MASK_CLIPS = 2  # clips whose true attention mass is computed
 
 Clip = dict[str, Any]  # an item of LatentDataset: latent, text, index, maybe condition
@@ -55,10 +62,13 @@ def noisy_samples(
 
 @torch.no_grad()
 def velocities(model: nn.Module, samples: list[Sample], title: str) -> list[Tensor]:
-    """Return the model's velocities [B, C, f, h, w] on the CPU, one for each sample."""
+    """Return the model's velocities [B, C, f, h, w] on the CPU, one for each sample.
+
+    The title is the progress bar's; with none there is no bar.
+    """
     return [
         velocity(model, s.x, s.t, s.text, s.condition).cpu()
-        for s in tqdm(samples, desc=title, unit="batch")
+        for s in tqdm(samples, desc=title, unit="batch", disable=not title)
     ]
 
 
@@ -75,10 +85,15 @@ def relative_errors(
 
 @dataclass
 class MaskReport:
-    """Mean density and captured attention mass of each layer and head."""
+    """Mean density and captured attention mass of each layer and head, and one clip's masks.
+
+    `selected` is bool [H, Nq, Nk] of the first clip at the middle noise level; empty where the
+    layers' numbers of blocks differ.
+    """
 
     density: dict[str, Tensor] = field(default_factory=dict)
     recall: dict[str, Tensor] = field(default_factory=dict)
+    selected: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def mean_density(self) -> float:
@@ -99,15 +114,19 @@ def measure_masks(model: nn.Module, samples: list[Sample]) -> MaskReport:
         handles.append(attention.register_forward_pre_hook(keep))
     density: dict[str, list[Tensor]] = {name: [] for name in layers}
     recall: dict[str, list[Tensor]] = {name: [] for name in layers}
-    seen = [0] * (1 + max(s.level for s in samples))
+    num_levels = 1 + max(s.level for s in samples)
+    seen, selected = [0] * num_levels, {}
     try:
         for sample in tqdm(samples, desc="masks", unit="batch"):
             velocity(model, sample.x, sample.t, sample.text, sample.condition)
             few = max(0, min(len(sample.t), MASK_CLIPS - seen[sample.level]))
+            is_shown = sample.level == num_levels // 2 and not seen[sample.level]
             seen[sample.level] += few
             for name, attention in layers.items():
                 assert attention.mask is not None
                 density[name].append(attention.mask.density.cpu())
+                if is_shown:
+                    selected[name] = attention.mask.selected[0].cpu()
                 if few:
                     recall[name].append(_recall(attention, *captured[name], few))
     finally:
@@ -117,47 +136,103 @@ def measure_masks(model: nn.Module, samples: list[Sample]) -> MaskReport:
     def mean(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         return {name: torch.cat(rows).mean(0) for name, rows in parts.items()}
 
-    return MaskReport(mean(density), mean(recall))
+    return MaskReport(mean(density), mean(recall), selected)
 
 
-def sample_videos(
-    models: dict[str, nn.Module],
+def flow_losses(found: list[Tensor], samples: list[Sample], num_levels: int) -> list[list[float]]:
+    """Return the mean squared error to noise - latent as [clip][noise level]."""
+    by_level: list[list[float]] = [[] for _ in range(num_levels)]
+    for v, sample in zip(found, samples, strict=True):
+        assert sample.target is not None
+        by_level[sample.level] += (v - sample.target.cpu()).square().flatten(1).mean(1).tolist()
+    return [list(row) for row in zip(*by_level, strict=True)]
+
+
+@torch.no_grad()
+def forward_seconds(model: nn.Module, sample: Sample) -> float:
+    """Return the median time of a forward of the sample's batch, mask building included."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        velocity(model, sample.x, sample.t, sample.text, sample.condition).sum().item()  # waits
+        return time.perf_counter() - start
+
+    warm_up, runs = (3, 10) if sample.x.is_cuda else (0, 1)
+    return float(np.median([once() for _ in range(warm_up + runs)][warm_up:]))
+
+
+def other_backends(model: nn.Module, samples: list[Sample]) -> dict[str, list[Tensor]]:
+    """Return the dense model's velocities with each of torch's attention backends that can run."""
+    found = {}
+    for backend in (
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.MATH,
+    ):
+        name = backend.name.removesuffix("_ATTENTION").lower()
+        try:
+            with sdpa_kernel(backend):
+                found[name] = velocities(model, samples, f"teacher, {name}")
+        except RuntimeError as error:
+            if "kernel" not in str(error).lower():
+                raise
+            log.info("attention backend %s cannot run here", name)
+    return found
+
+
+def sample_latents(
+    model: nn.Module,
     clips: list[Clip],
-    codec: Codec,
-    folder: Path,
     *,
+    name: str,
     steps: int,
     shift: float,
     device: torch.device,
-) -> dict[str, list[float]]:
-    """Sample each clip with each model from the same noise; save frames, return PSNR lists.
-
-    Writes clip-K.npz with uint8 [F, H, W, 3] under each model's name and `real`. The lists are
-    the PSNR in dB of each model to the real clip ("real/<name>") and, where a model is named
-    teacher, to its sample ("teacher/<name>"), and of holding the frames that the models are given
-    ("real/repeat").
-    """
-    others = [name for name in models if name != "teacher" and "teacher" in models]
-    if not clips:
-        names = [*(f"real/{name}" for name in models), *(f"teacher/{name}" for name in others)]
-        return {name: [] for name in names}
-    folder.mkdir(parents=True, exist_ok=True)
-    text = torch.stack([c["text"] for c in clips]).to(device)
+    other_noise: bool = False,
+) -> Tensor:
+    """Return latents [B, C, f, h, w] sampled from each clip's own noise, or from another one."""
     condition = _stack(clips, "condition")
-    condition = None if condition is None else condition.to(device)
-    noise = torch.stack([_noise(c["latent"], c["index"], -1) for c in clips]).to(device)
-    latents = {"real": torch.stack([c["latent"] for c in clips]).to(device)}
-    if condition is not None:
-        latents["repeat"] = condition
-    for name, model in models.items():
-        latents[name] = euler_sample(
-            model, noise, text, condition, steps=steps, shift=shift, progress=f"sample {name}"
-        )
-    videos = {name: _to_uint8(codec.decode(x)) for name, x in latents.items()}
-    for i in range(len(clips)):
-        np.savez_compressed(folder / f"clip-{i}.npz", **{n: v[i] for n, v in videos.items()})
-    psnr = {f"real/{n}": _psnr(v, videos["real"]) for n, v in videos.items() if n != "real"}
-    return psnr | {f"teacher/{n}": _psnr(videos[n], videos["teacher"]) for n in others}
+    level = OTHER_NOISE if other_noise else -1
+    return euler_sample(
+        model,
+        torch.stack([_noise(c["latent"], c["index"], level) for c in clips]).to(device),
+        torch.stack([c["text"] for c in clips]).to(device),
+        None if condition is None else condition.to(device),
+        steps=steps,
+        shift=shift,
+        progress=f"sample {name}",
+    )
+
+
+def decode(latents: dict[str, Tensor], codec: Codec, device: torch.device) -> dict[str, Tensor]:
+    """Return each name's videos, uint8 [B, F, H, W, 3]."""
+    return {name: _to_uint8(codec.decode(x.to(device))) for name, x in latents.items()}
+
+
+def judge(videos: dict[str, Tensor], extra: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+    """Compare all videos with the real ones ("real/NAME") and the teacher's ("teacher/NAME").
+
+    Returns each measure of train/quality.py by name, one number a clip.
+    """
+    others = {name: v for name, v in videos.items() if name != "real"}
+    found = {f"real/{name}": compare(v, videos["real"], extra) for name, v in others.items()}
+    if "teacher" in others:
+        teacher = others.pop("teacher")
+        found |= {f"teacher/{name}": compare(v, teacher, extra) for name, v in others.items()}
+    return found
+
+
+def keep_videos(videos: dict[str, Tensor], folder: Path, count: int | None) -> list[Path]:
+    """Write clip-K.npz with uint8 [F, H, W, 3] under each name, for the first `count` clips."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for i in range(len(next(iter(videos.values())))):
+        if count is None or i < count:
+            files.append(folder / f"clip-{i}.npz")
+            frames: dict[str, Any] = {name: v[i].cpu().numpy() for name, v in videos.items()}
+            np.savez_compressed(files[-1], **frames)
+    return files
 
 
 def evenly(items: int, count: int) -> list[int]:
@@ -190,12 +265,7 @@ def _stack(clips: list[Clip], key: str) -> Tensor | None:
     return torch.stack([c[key] for c in clips]) if key in clips[0] else None
 
 
-def _to_uint8(video: Tensor) -> np.ndarray:
+def _to_uint8(video: Tensor) -> Tensor:
     """Return videos [B, 3, F, H, W] in [-1, 1] as uint8 [B, F, H, W, 3]."""
     scaled = (video.clamp(-1, 1) + 1) * 127.5
-    return scaled.round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
-
-
-def _psnr(a: np.ndarray, b: np.ndarray) -> list[float]:
-    error = ((a.astype(np.float64) - b) ** 2).reshape(len(a), -1).mean(1)
-    return (10 * np.log10(255**2 / np.maximum(error, 1e-9))).tolist()
+    return scaled.round().byte().permute(0, 2, 3, 4, 1)

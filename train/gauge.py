@@ -137,12 +137,13 @@ class Gauge:
         self._found[key] = measured
         return measured
 
-    def density(self, k: Tensor) -> Tensor:
-        """Return the density of each head's masks of k [L, H], meaned over the samples."""
+    def density(self, k: Tensor, p: Tensor | None = None) -> Tensor:
+        """Return the density of each head's masks of k and p [L, H], meaned over the samples."""
         density = self._zeros()
 
         def visit(sample: Sample, layer: Layer) -> None:
-            mask = layer.mask(self._policy(layer, k[layer.index]))
+            of_layer = None if p is None else p[layer.index]
+            mask = layer.mask(self._policy(layer, k[layer.index], of_layer))
             density[layer.index] += mask.density.cpu().sum(0)
 
         self._visit(visit, None, "calibrate density")

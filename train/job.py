@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from copy import deepcopy
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
 from gossamer.train.check import is_sparse, preflight
 from gossamer.train.codec import Codec, load_codec
 from gossamer.train.config import build, data_dir, data_url, fingerprint, save_config
-from gossamer.train.data.dataset import LatentDataset
+from gossamer.train.data.dataset import LatentDataset, SomeClips
 from gossamer.train.data.quarantine import FILE as QUARANTINE
 from gossamer.train.data.shards import Manifest
 from gossamer.train.draws import Draws
@@ -37,20 +38,50 @@ from gossamer.train.teacher import Guided, Teacher
 log = logging.getLogger(__name__)
 
 RESULT = "result.json"
+# What decides the measurements of a calibration.
+MEASURED = (
+    *("layout", "estimator", "policy", "compensation", "backend", "model", "data", "codec"),
+    *("text", "training_data", "calibration", "evaluation.batch_size"),
+)
+Kept = dict[tuple[str, ...], Any]
 
 
 class Job:
-    """One run: its config, its folder, and the objects that the stages share."""
+    """One run: its config, its folder, and the objects that the stages share.
 
-    def __init__(self, cfg: DictConfig, accelerator: Accelerator, stages: list[str]) -> None:
+    `kept` is what a process that does several jobs keeps from one to the next, or None.
+    """
+
+    def __init__(
+        self, cfg: DictConfig, accelerator: Accelerator, stages: list[str], kept: Kept | None = None
+    ) -> None:
         self.cfg = cfg
         self.accelerator = accelerator
         self.stages = stages
+        self.kept = kept
         self.run_dir = Path(cfg.run_dir)
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
+
+    def once(self, key: tuple[str, ...], make: Callable[[], Any]) -> Any:
+        """Return what `make` gives; a process that keeps things makes it once for each key."""
+        if self.kept is None:
+            return make()
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
+
+    @property
+    def trains(self) -> bool:
+        """Say whether training is one of the run's stages, in this call or another."""
+        return "train" in self.cfg.stages
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Say whether the run starts from a trained model."""
+        return hasattr(self.source, "path")
 
     @property
     def is_sparse(self) -> bool:
@@ -91,16 +122,27 @@ class Job:
         assert isinstance(spec, dict)
         return {str(name): value for name, value in spec.items()}
 
-    def dataset(self, split: str) -> LatentDataset:
-        data = self.cfg.data
-        return LatentDataset(
-            data_dir(self.cfg),
-            split,
-            url=data_url(self.cfg),
-            cache_gb=data.cache_gb,
-            window=data.window,
-            quarantine=self.run_dir / QUARANTINE,
-        )
+    def dataset(self, split: str) -> LatentDataset | SomeClips:
+        """Return a split of the data; of the training split only what training_data leaves."""
+        whole, options = self.whole_split(split), self.cfg.training_data
+        return whole.evenly(options.clips) if split == "train" and options.clips else whole
+
+    def whole_split(self, split: str) -> LatentDataset:
+        options, data = self.cfg.training_data, self.cfg.data
+        is_other = split == "train" and bool(options.dir)
+        folder = Path(options.dir) if is_other else data_dir(self.cfg)
+
+        def open_split() -> LatentDataset:
+            return LatentDataset(
+                folder,
+                split,
+                url=None if is_other else data_url(self.cfg),
+                cache_gb=data.cache_gb,
+                window=data.window,
+                quarantine=self.run_dir / QUARANTINE,
+            )
+
+        return self.once(("dataset", str(folder), split), open_split)
 
     def dense(self) -> nn.Module:
         """Return the starting transformer with dense attention, frozen, on the device."""
@@ -108,7 +150,12 @@ class Job:
 
     def dense_on_cpu(self) -> nn.Module:
         """Return the starting transformer with dense attention, frozen."""
-        return attach(self.source.load(self.cfg.seed), None).requires_grad_(False).eval()
+        return attach(self._weights(self.cfg.seed), None).requires_grad_(False).eval()
+
+    def _weights(self, seed: int) -> nn.Module:
+        key = ("weights", fingerprint(self.cfg, ["model"]), str(seed))
+        model = self.once(key, lambda: self.source.load(seed))
+        return model if self.kept is None else deepcopy(model)
 
     def guided(self, model: nn.Module) -> nn.Module:
         """Return what the student learns from: the model, guided if guidance.scale says so."""
@@ -143,7 +190,7 @@ class Job:
 
     def student(self, seed: int) -> nn.Module:
         """Return the starting transformer with the run's attention, budgets set, trainable."""
-        model = self.source.load(seed)
+        model = self._weights(seed)
         if not self.is_sparse:
             attach(model, None)
         else:
@@ -195,8 +242,17 @@ class Job:
             noise_levels=levels,
             densities=list(options.densities),
             probes=options.probes,
-            seed=self.cfg.seed,
+            seed=self.cfg.seed if options.seed is None else options.seed,
         )
+
+    def own_calibrator(self) -> Calibrator:
+        """Return the run's calibrator; the last is kept for runs that share what it measured."""
+        keys = [*MEASURED, *([] if self.cfg.calibration.seed is not None else ["seed"])]
+        key = "calibrator", fingerprint(self.cfg, keys)
+        kept = {} if self.kept is None else self.kept
+        for other in [k for k in kept if k[0] == key[0] and k != key]:
+            del kept[other]  # it holds a teacher and samples on the device
+        return self.once(key, lambda: self.calibrator(self.dense()))
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -257,18 +313,21 @@ class Job:
             log.info(message, *values)
 
 
-def run(cfg: DictConfig, stages: list[str] | None = None) -> dict[str, Any]:
+def run(
+    cfg: DictConfig, stages: list[str] | None = None, *, kept: Kept | None = None
+) -> dict[str, Any]:
     """Run the stages of a config and return the headline figures.
 
     Raises Refusal for bad input before any heavy work; a run folder of another config is refused.
     """
-    from gossamer.train.results import check_export, evaluate_stage, export_stage, report_stage
+    from gossamer.train.evaluation import evaluate_stage
+    from gossamer.train.results import check_export, export_stage, report_stage
     from gossamer.train.stages import calibrate_stage, encode_stage, train_stage
 
     start = time.monotonic()
     todo = list(stages if stages is not None else cfg.stages)
     preflight(cfg, todo)
-    job = Job(cfg, make_accelerator(cfg), todo)
+    job = Job(cfg, make_accelerator(cfg), todo, kept)
     table: dict[str, Callable[[Job], None]] = {
         "encode": encode_stage,
         "calibrate": calibrate_stage,
@@ -323,35 +382,27 @@ def _finish(job: Job, stages: list[str], seconds: float) -> dict[str, Any]:
     metrics = headline(json.loads(path.read_text())) if path.is_file() else {}
     result = {
         "config_fingerprint": fingerprint(job.cfg),
-        "finished": stages[-1] == "report",
+        "finished": stages == list(job.cfg.stages) or stages[-1] == "report",
         "seconds": seconds,
         "stages": stages,
         "metrics": metrics,
     }
     if result["finished"]:
         write_atomic(job.run_dir / RESULT, json.dumps(result, indent=2) + "\n")
-        _summarise(job, metrics)
+        if metrics:
+            _summarise(job, metrics)
     return result
 
 
 def _summarise(job: Job, found: dict[str, Any]) -> None:
     """Log the headline figures and where the report and the export are: a run's last lines."""
     if job.is_sparse:
-        spread = found["error_after_sd"]
-        around = f" ± {spread:.4f} over {found['num_seeds']} seeds" if spread is not None else ""
-        gain = found["reduction_percent"]
-        job.log(
-            "relative velocity error to the dense teacher at sparsity %.3f, %d held-out clips x %d "
-            "noise levels: %.4f training-free, %.4f%s distilled (%.1f %% %s)",
-            found["measured_sparsity"],
-            found["num_clips"],
-            found["num_noise_levels"],
-            found["error_before"],
-            found["error_after"],
-            around,
-            abs(gain),
-            "less" if gain >= 0 else "more",
+        where = (
+            f"relative velocity error to the dense teacher at sparsity "
+            f"{found['measured_sparsity']:.3f}, {found['num_clips']} held-out clips x "
+            f"{found['num_noise_levels']} noise levels: {found['error_before']:.4f} training-free"
         )
+        job.log("%s%s", where, _trained(found) if job.trains else "")
     else:
         job.log(
             "flow-matching loss: %.4f train, %.4f held out",
@@ -360,6 +411,14 @@ def _summarise(job: Job, found: dict[str, Any]) -> None:
         )
         if found["psnr_to_real"] is not None:
             job.log("samples: %.2f dB to the real clips", found["psnr_to_real"])
-    if (job.run_dir / "export").is_dir():
-        job.log("export: %s", job.run_dir / "export")
-    job.log("report: %s", job.run_dir / "report" / "index.html")
+    for name, path in {"export": "export", "report": "report/index.html"}.items():
+        if (job.run_dir / path).exists():
+            job.log("%s: %s", name, job.run_dir / path)
+
+
+def _trained(found: dict[str, Any]) -> str:
+    spread = found["error_after_sd"]
+    around = f" ± {spread:.4f} over {found['num_seeds']} seeds" if spread is not None else ""
+    gain = found["reduction_percent"]
+    change = f"{abs(gain):.1f} % {'less' if gain >= 0 else 'more'}"
+    return f", {found['error_after']:.4f}{around} distilled ({change})"

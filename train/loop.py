@@ -25,6 +25,7 @@ from gossamer.train.lora import base_of, check_base, trained_state
 from gossamer.train.processes import agreed
 from gossamer.train.refusal import Refusal
 from gossamer.train.trackers import MetricsLog, Tracker
+from gossamer.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -158,10 +159,12 @@ def train(
     tracker: Tracker,
     title: str = "train",
     density: float = 1.0,
+    watch: Watch | None = None,
 ) -> Progress:
     """Train the student up to settings.steps, from the newest checkpoint of `folder` if any.
 
-    `density` is what the mean density of trained budgets is held at.
+    `density` is what the mean density of trained budgets is held at. What `watch` finds is in the
+    metrics of its steps and of a step 0; the seconds of a step do not count it.
     The first SIGTERM or SIGINT, to any process, lets the step finish, saves it and raises
     SystemExit of 143 or 130; `accelerate launch` then ends with a code of its own. A second one
     ends the process at once.
@@ -197,6 +200,11 @@ def train(
         num_steps=settings.steps - progress.step,
         pin_memory=accelerator.device.type == "cuda",
     )
+    if watch and rows is not None and progress.step == 0:
+        with accelerator.autocast():
+            rows.append({"step": 0, **watch(student)})
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     failed_saves = 0
     bar = tqdm(
         total=settings.steps,
@@ -209,11 +217,15 @@ def train(
         for metrics in _steps(wrapped, data, accelerator, progress, settings, stop):
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.4g}")
+            is_last = progress.step == settings.steps
             if rows is not None:
+                if watch and (is_last or progress.step % watch.every == 0):
+                    with accelerator.autocast():
+                        metrics |= watch(student)
                 rows.append({"step": progress.step, **metrics})
                 if progress.step % settings.log_every == 0:
                     tracker.log(progress.step, metrics)
-            last = progress.step == settings.steps or stop.agreed is not None
+            last = is_last or stop.agreed is not None
             if progress.step % settings.checkpoint_every == 0 or last:
                 saved = True
                 if rows is not None:
@@ -298,7 +310,15 @@ def _steps(
             **measured,
             "step_seconds": time.monotonic() - start,
             "data_seconds": waited,
+            **_memory(accelerator.device),
         }
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """Return the most memory that tensors took on a GPU since the training began, in GiB."""
+    if device.type != "cuda":
+        return {}
+    return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
 
 
 def parameter_groups(student: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from gossamer.train.refusal import Refusal
 from gossamer.train.suggest import nearest
 
 NULLABLE = ("sparsity",)  # keys that may be null though their default is not
+EXTRA = ("vmaf",)  # measures of sampled videos by programs that do not come with the package
 STAGES = ("encode", "calibrate", "train", "evaluate", "export", "report")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -110,11 +111,20 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "calibration.noise_levels": ("numbers in (0, 1]", _all(lambda t: 0 < t <= 1)),
     "calibration.densities": ("two or more rising numbers in (0, 1]", _is_curve),
     "calibration.probes": _whole(1),
+    "calibration.seed": ("null or a seed", lambda seed: seed is None or _is_seed(seed)),
+    "training_data.clips": ("null or a whole number of at least 1", lambda n: n is None or n >= 1),
     "evaluation.clips": _whole(1),
     "evaluation.noise_levels": ("numbers in (0, 1]", _all(lambda t: 0 < t <= 1)),
     "evaluation.sample_clips": _whole(0),
     "evaluation.sample_steps": _whole(1),
     "evaluation.batch_size": _whole(1),
+    "evaluation.kept_videos": (
+        "null or a whole number of at least 0",
+        lambda n: n is None or n >= 0,
+    ),
+    "evaluation.extra": ("some of vmaf", lambda names: all(n in EXTRA for n in names)),
+    "evaluation.every": _whole(0),
+    "evaluation.every_clips": _whole(1),
     "data.height": _whole(1),
     "data.width": _whole(1),
     "data.frames": _whole(1),

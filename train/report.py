@@ -81,6 +81,7 @@ def headline(evaluation: dict[str, Any]) -> dict[str, Any]:
         "measured_sparsity": sparsity.get("measured_after"),
         "psnr_before": _mean(psnr.get("before")),
         "psnr_after": _mean(psnr.get("after")),
+        "step_speedup": _speedup(evaluation.get("forward_seconds")),
         "num_clips": len(error.before),
         "num_noise_levels": error.before.shape[1],
         "num_seeds": len(error.seeds),
@@ -112,6 +113,11 @@ def _dense_headline(evaluation: dict[str, Any]) -> dict[str, Any]:
         "repeat_first_psnr": _mean(samples.get("repeat_first_psnr")),
         "device": evaluation.get("device"),
     }
+
+
+def _speedup(seconds: dict[str, float] | None) -> float | None:
+    """Return how many times faster than its teacher's a sampling step is."""
+    return seconds["teacher"] / seconds["student"] if seconds else None
 
 
 def _mean(values: list[float] | None) -> float | None:

@@ -20,6 +20,7 @@ from gossamer.train.negative import store_negative
 from gossamer.train.processes import on_main
 from gossamer.train.teach import write_cache
 from gossamer.train.teacher import Cached
+from gossamer.train.watch import watch_of
 
 if TYPE_CHECKING:
     from gossamer.train.job import Job
@@ -67,11 +68,11 @@ def calibrate_stage(job: "Job") -> None:
 
     if not job.is_sparse or _is_calibrated(job):
         return
-    teacher = job.dense()
     with job.autocast():
+        calibrator = job.own_calibrator()
         asked = {name: job.cfg[name] for name in ("sparsity", "error_budget")}
-        result = job.calibrator(teacher).run(build(job.cfg.allocation), **asked)
-    made_for = {**job.masks_asked, "weights": weights_digest(teacher)}
+        result = calibrator.run(build(job.cfg.allocation), **asked)
+    made_for = {**job.masks_asked, "weights": weights_digest(calibrator.gauge.teacher)}
     replace(result, made_for=made_for).save(job.calibration_dir)
     draw(result, job.calibration_dir)
     said = lines(result)
@@ -118,6 +119,7 @@ def train_stage(job: "Job") -> None:
     on_main(partial(store_negative, job.cfg), job.accelerator)
     teacher = job.teacher() if loss.needs_teacher else None
     dataset = job.dataset("train")
+    watch = watch_of(job) if job.accelerator.is_main_process else None
     for seed in job.seeds:
         settings = loop.TrainSettings(
             seed=seed,
@@ -143,6 +145,7 @@ def train_stage(job: "Job") -> None:
                 tracker=tracker,
                 title=f"train seed {seed}",
                 density=1 - job.sparsity,
+                watch=watch,
             )
         except SystemExit:  # stopped between two steps
             tracker.finish()

@@ -72,7 +72,7 @@ def _begin(job: "Job", folder: Path) -> None:
 def _write_files(job: "Job", folder: Path) -> None:
     from safetensors.torch import save
 
-    dataset, draws = job.dataset(SPLIT), job.draws(job.cfg.seed)
+    dataset, draws = job.whole_split(SPLIT), job.draws(job.cfg.seed)
     model = job.guided(job.dense())
     size, rank = job.cfg.evaluation.batch_size, job.accelerator.process_index
     mine = _files(dataset, job.cfg.noise_draws)[rank :: job.accelerator.num_processes]
@@ -106,7 +106,7 @@ def _write_files(job: "Job", folder: Path) -> None:
 
 
 def _finish(job: "Job", folder: Path) -> None:
-    dataset = job.dataset(SPLIT)
+    dataset = job.whole_split(SPLIT)
     names = [name_of(clips) for clips in _files(dataset, job.cfg.noise_draws)]
     manifest = VelocityManifest(
         **json.loads((folder / BEGUN).read_text()),

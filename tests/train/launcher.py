@@ -12,7 +12,6 @@ import sys
 import traceback
 
 import av  # noqa: F401  (imported here so that no job has to)
-import datasets  # noqa: F401
 from diffusers import WanTransformer3DModel  # noqa: F401
 
 from gossamer.train import checkpoint, job, stages  # noqa: F401

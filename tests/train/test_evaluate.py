@@ -11,11 +11,15 @@ import torch
 
 from gossamer.sparse.attach import attentions
 from gossamer.train.evaluate import (
+    decode,
     evenly,
+    judge,
+    keep_videos,
     measure_masks,
     noisy_samples,
+    other_backends,
     relative_errors,
-    sample_videos,
+    sample_latents,
     velocities,
 )
 from gossamer.train.job import run
@@ -107,16 +111,36 @@ def test_samples_are_compared_with_the_teacher_by_their_pixels(
     models = {"teacher": job.dense(), "before": job.student(0).requires_grad_(False).eval()}
     options = {"steps": 2, "shift": 1.0, "device": job.device}
     clips = [dataset[0], dataset[5]]
-    psnr = sample_videos(models, clips, job.codec, tmp_path, **options)
+    latents = {n: sample_latents(m, clips, name=n, **options) for n, m in models.items()}
+    latents["real"] = torch.stack([clip["latent"] for clip in clips])
+    videos = decode(latents, job.codec, job.device)
+    found = judge(videos, [])
+    assert keep_videos(videos, tmp_path, 1) == [tmp_path / "clip-0.npz"]
+    assert [f.name for f in keep_videos(videos, tmp_path, None)] == ["clip-0.npz", "clip-1.npz"]
+    assert found.keys() == {"real/teacher", "real/before", "teacher/before"}
     for index in range(2):
         frames = dict(np.load(tmp_path / f"clip-{index}.npz"))
         assert frames["teacher"].shape == (8, 32, 64, 3)
         for name, other in (("teacher/before", "teacher"), ("real/before", "real")):
             error = frames["before"].astype(float) - frames[other].astype(float)
             expected = 20 * math.log10(255 / math.sqrt((error**2).mean()))
-            assert psnr[name][index] == pytest.approx(expected)
-    alone = sample_videos(models, clips[1:], job.codec, tmp_path, **options)
-    assert alone["real/teacher"][0] == pytest.approx(psnr["real/teacher"][1], abs=0.01)
+            assert found[name]["psnr"][index] == pytest.approx(expected)
+    again = sample_latents(models["teacher"], clips[1:], name="teacher", **options)
+    torch.testing.assert_close(again[0], latents["teacher"][1], rtol=1e-3, atol=1e-3)
+    other = sample_latents(
+        models["teacher"], clips, name="other_noise", other_noise=True, **options
+    )
+    assert float((other - latents["teacher"]).abs().mean()) > 0.01
+
+
+def test_another_backend_of_the_dense_model_changes_only_rounding(make_job: Any) -> None:
+    job = make_job()
+    teacher, samples = job.dense(), samples_of(job)
+    target = velocities(teacher, samples, "")
+    found = other_backends(teacher, samples)
+    assert "math" in found and "cudnn" not in found
+    for name, v in found.items():
+        assert np.max(relative_errors(v, target, samples, 2)) < 1e-5, name
 
 
 def test_a_sparse_run_reports_its_errors_and_its_sparsity(
@@ -128,11 +152,15 @@ def test_a_sparse_run_reports_its_errors_and_its_sparsity(
     for _ in range(2):
         file.unlink(missing_ok=True)
         assert launcher.run(overrides).code == 0
-        found.append({**json.loads(file.read_text()), "seconds": 0})
+        found.append(json.loads(file.read_text()))
+        assert found[-1].pop("seconds") > 0 and min(found[-1].pop("forward_seconds").values()) > 0
     assert found[0] == found[1]
     result = found[0]
     done = launcher.run(overrides)
     assert "is already of these checkpoints: nothing to do" in done.text
+    assert result["trained"]
+    real = np.array(result["heldout_loss"]["teacher"])
+    assert real.shape == (4, 2) and (np.array(result["heldout_loss"]["after"]) > 0).all()
     for change in ("compensation=drop", "noise=shifted", "evaluation.clips=3", "sparsity=0.7"):
         done = launcher.run([*overrides, change, "resume=force"])
         assert done.code == 0 and "nothing to do" not in done.text, change

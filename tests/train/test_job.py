@@ -38,6 +38,8 @@ def test_a_run_leaves_what_the_design_says(whole: Any) -> None:
         "export/sparse_attention_config.json",
         "export/sparse_attention.safetensors",
         "report/index.html",
+        "report/masks.png",
+        "report/moved.png",
     ):
         assert (run.folder / name).is_file(), name
     assert not [path for path in run.folder.rglob("*") if path.suffix in (".pkl", ".bin", ".pt")]

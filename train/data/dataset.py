@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from gossamer.train.data.quarantine import BadData, Quarantine
 from gossamer.train.data.reader import OpenShard
@@ -95,6 +95,13 @@ class LatentDataset(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
+
+    def evenly(self, count: int) -> "SomeClips":
+        """Return a split of only so many of the items, evenly spaced."""
+        if len(self.buckets) > 1:
+            raise Refusal("training_data.clips", count, "null for data of several sizes", "null it")
+        count = min(count, len(self))
+        return SomeClips(self, [int((i + 0.5) * len(self) / count) for i in range(count)])
 
     def meta(self, index: int) -> dict:
         """The columns of a row that are not tensors."""
@@ -198,6 +205,23 @@ class LatentDataset(Dataset):
             raise BadData(f"shapes of clip {clip} are not the manifest's", one_clip=True)
         text[: len(own)] = own
         return {**tensors, "text": text}
+
+
+class SomeClips(Subset):
+    """Some items of a split of one size; `index`, as `meta` takes it, is the place in the split."""
+
+    dataset: LatentDataset
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.dataset.manifest
+
+    @property
+    def largest(self) -> list[int]:
+        return list(range(len(self)))
+
+    def meta(self, index: int) -> dict:
+        return self.dataset.meta(index)
 
 
 def _size(folder: Path, shard: Shard) -> int:

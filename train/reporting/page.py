@@ -35,6 +35,9 @@ img { max-width: 100%; height: auto; display: block; }
 details { margin: .8rem 0; }
 summary { cursor: pointer; color: var(--accent); }
 pre { background: var(--panel); padding: .8rem; overflow-x: auto; font-size: .85rem; }
+.arms { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .8rem; }
+.arm { margin: 0; }
+video { width: 100%; display: block; }
 @media (prefers-reduced-motion: reduce) { .moving { display: none; } }
 """
 SCREEN_DPI, IMAGE_DPI = 96, 144

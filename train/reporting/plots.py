@@ -168,8 +168,10 @@ def pareto(
     after: tuple[Array, Array],
     front: tuple[Array, Array],
     labels: Sequence[str],
+    *,
+    gain: str,
 ) -> Figure:
-    """Draw (sparsity, error) of each job before and after, the front of the latter, and labels."""
+    """Draw (gain, error) of each job before and after, the front of the latter, and labels."""
     figure = _figure(WIDTH, 4.8)
     axes = figure.subplots()
     for start, end in zip(zip(*before, strict=True), zip(*after, strict=True), strict=True):
@@ -178,8 +180,8 @@ def pareto(
     axes.plot(*before, "s", mfc="none", color=theme.before, label="before distillation", ms=6)
     axes.plot(*after, "o", color=theme.after, label="after distillation", ms=7)
     axes.set(
-        title="Error against sparsity: lower and further right is better",
-        xlabel="measured sparsity (share of token pairs not computed exactly)",
+        title="Lower and further right is better",
+        xlabel=gain,
         ylabel="relative velocity error",
     )
     left, right = axes.get_xlim()

@@ -136,7 +136,8 @@ def _columns(lines: Iterable[str]) -> dict[str, Array]:
             row = json.loads(line)
         except json.JSONDecodeError:  # a row cut short when the process was killed
             continue
-        rows[row["step"]] = row
+        if row["step"] > 0:  # row 0 is the held-out error of the start alone
+            rows[row["step"]] = row
     ordered = [rows[step] for step in sorted(rows)]
     return {
         name: np.array([_number(row.get(name)) for row in ordered], dtype=np.float64)

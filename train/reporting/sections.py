@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gossamer.train.calibration import SQUARED
-from gossamer.train.reporting import page, plots, strips, theme
+from gossamer.train.reporting import maps, page, plots, strips, theme
 from gossamer.train.reporting.calibration import ERRORS
 from gossamer.train.reporting.page import Html
 from gossamer.train.reporting.run import Array, Run
@@ -51,7 +51,7 @@ def training(run: Run) -> Html:
 def masks(run: Run) -> Html:
     """Return budgets, densities and captured attention mass of each layer and head."""
     title = "Masks: what each head keeps"
-    parts = [*_budget_maps(run), *_measured_maps(run), *_mass_per_noise_level(run)]
+    parts = [*_budget_maps(run), *_measured_maps(run), *_moved(run), *_mass_per_noise_level(run)]
     if not parts:
         return _absent(title, "Neither calibration nor mask measurements are in this run.")
     return page.section(title, *parts)
@@ -128,7 +128,7 @@ def _budget_maps(run: Run) -> list[Html]:
     if found is None:
         return [page.paragraph("calibration/calibration.json is not in this run: no budgets.")]
     k, p = np.asarray(found["k"]), np.asarray(found["p"])
-    maps = [
+    shown = [
         _head_maps(run, "budgets-k.png", {"Top-k: share of blocks": k}, found["layers"], "share")
     ]
     text = (
@@ -137,11 +137,11 @@ def _budget_maps(run: Run) -> list[Html]:
     )
     if np.any(p > 0):
         panels = {"Top-p: attention mass": p}
-        maps.append(_head_maps(run, "budgets-p.png", panels, found["layers"], "mass"))
+        shown.append(_head_maps(run, "budgets-p.png", panels, found["layers"], "mass"))
         text += "and more until it holds the mass p."
     else:
         text += "which is each head's planned density, since every p is 0."
-    return [page.heading("Planned budgets"), page.paragraph(text), *maps]
+    return [page.heading("Planned budgets"), page.paragraph(text), *shown]
 
 
 def _measured_maps(run: Run) -> list[Html]:
@@ -166,8 +166,22 @@ def _measured_maps(run: Run) -> list[Html]:
             continue
         panels = {f"{title}, {when}": np.asarray(measured[when]) for when in ("before", "after")}
         names = layers or [str(number) for number in range(len(measured["before"]))]
-        maps = _head_maps(run, f"{field}.png", panels, names, "share")
-        parts += [page.heading(title), page.paragraph(text), maps]
+        shown = _head_maps(run, f"{field}.png", panels, names, "share")
+        parts += [page.heading(title), page.paragraph(text), shown]
+    return parts
+
+
+def _moved(run: Run) -> list[Html]:
+    """Return what training did to the masks: blocks of some heads, and each head's density."""
+    parts: list[Html] = []
+    layers = short_names(run.evaluation.get("layers", []))
+    if found := maps.read_masks(run.folder / "evaluation" / "masks.npz"):
+        parts.append(page.heading("Masks before and after training"))
+        parts += maps.mask_maps(found, layers, run.report / "masks.png")
+    density = run.evaluation.get("density")
+    if density and run.evaluation.get("trained", False):
+        parts.append(page.heading("Where the budgets moved"))
+        parts += maps.budgets_moved(density, layers, run.report / "moved.png")
     return parts
 
 
@@ -184,7 +198,7 @@ def _mass_per_noise_level(run: Run) -> list[Html]:
         lambda colours: plots.heat_maps(
             colours,
             panels,
-            rows=_short(found["layers"]),
+            rows=short_names(found["layers"]),
             columns=levels,
             axis="noise level",
             unit="captured mass",
@@ -202,7 +216,7 @@ def _head_maps(
         lambda colours: plots.heat_maps(
             colours,
             panels,
-            rows=_short(layers),
+            rows=short_names(layers),
             columns=[str(head) for head in range(num_heads)],
             axis="head",
             unit=unit,
@@ -211,7 +225,7 @@ def _head_maps(
     return page.plot(path, " and ".join(panels))
 
 
-def _short(layers: Sequence[str]) -> list[str]:
+def short_names(layers: Sequence[str]) -> list[str]:
     """Return `layer 3` for `blocks.3.attn1` where that tells the layers apart, else the names."""
     numbers = [re.search(r"\d+", layer) for layer in layers]
     short = [f"layer {number[0]}" for number in numbers if number]

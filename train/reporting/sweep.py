@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,13 +15,35 @@ from gossamer.train.reporting.page import Html
 from gossamer.train.reporting.run import Array
 
 RESULTS = ("status", "measured sparsity", "before", "after", "reduction", "time")
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What sparsity buys: its name, its axis, and the metrics that hold it before and after."""
+
+    name: str
+    label: str
+    before: str
+    after: str
+
+
+SPARSITY = Gain(
+    "sparsity",
+    "measured sparsity (share of token pairs not computed exactly)",
+    "measured_sparsity_before",
+    "measured_sparsity",
+)
+SPEED = Gain("speed", "sampling step, times faster than dense", "step_speedup", "step_speedup")
 MAX_LABEL = 28  # characters beside a point
 
 
 def sweep_sections(jobs: list[dict[str, Any]], sweep_dir: Path, folder: Path) -> list[Html]:
-    """Return the page's sections and write the Pareto plot into folder."""
+    """Return the page's sections and write the Pareto plots into folder."""
     swept = _varying(jobs)
-    return [_pareto_section(jobs, swept, folder), _table_section(jobs, swept, sweep_dir, folder)]
+    fronts = [_pareto_section(jobs, swept, folder / "pareto.png", SPARSITY)]
+    if any((job.get("metrics") or {}).get(SPEED.after) is not None for job in jobs):
+        fronts.append(_pareto_section(jobs, swept, folder / "pareto-speed.png", SPEED))
+    return [*fronts, _table_section(jobs, swept, sweep_dir, folder)]
 
 
 def pareto_front(sparsity: Array, error: Array) -> list[int]:
@@ -34,25 +57,28 @@ def pareto_front(sparsity: Array, error: Array) -> list[int]:
     return front[::-1]
 
 
-def _pareto_section(jobs: list[dict[str, Any]], swept: list[str], folder: Path) -> Html:
-    title = "Error against sparsity"
+def _pareto_section(jobs: list[dict[str, Any]], swept: list[str], path: Path, gain: Gain) -> Html:
+    title = f"Error against {gain.name}"
+    needed = (gain.before, gain.after, "error_before", "error_after")
     shown = [
-        (number, job) for number, job in enumerate(jobs, 1) if _has_point(job.get("metrics") or {})
+        (number, job)
+        for number, job in enumerate(jobs, 1)
+        if all((job.get("metrics") or {}).get(key) is not None for key in needed)
     ]
     if not shown:
-        text = "No job has both a measured sparsity and a velocity error, so there is no plot."
+        text = f"No job has both a {gain.name} and a velocity error, so there is no plot."
         return page.section(title, page.paragraph(text))
-    after = _column(shown, "measured_sparsity"), _column(shown, "error_after")
-    before = _column(shown, "measured_sparsity_before"), _column(shown, "error_before")
+    after = _column(shown, gain.after), _column(shown, "error_after")
+    before = _column(shown, gain.before), _column(shown, "error_before")
     front = pareto_front(*after)
     on_front = after[0][front], after[1][front]
     labels = [_label(number, job, swept) for number, job in shown]
-    path = theme.write(
-        folder / "pareto.png",
-        lambda colours: plots.pareto(colours, before, after, on_front, labels),
+    theme.write(
+        path,
+        lambda colours: plots.pareto(colours, before, after, on_front, labels, gain=gain.label),
     )
     names = ", ".join(f"#{shown[index][0]}" for index in front)
-    text = f"On the Pareto front (no other job is both sparser and closer to its teacher): {names}."
+    text = f"On the Pareto front (no other job is better in both): {names}."
     return page.section(title, page.plot(path, title), page.paragraph(text))
 
 
@@ -78,7 +104,8 @@ def _table_section(
         for number, job in enumerate(jobs, 1)
         if job["status"] == "failed"
     ]
-    title = f"Jobs: {len(jobs) - len(failures)} of {len(jobs)} finished"
+    done = sum(job["status"] in ("finished", "skipped") for job in jobs)
+    title = f"Jobs: {done} of {len(jobs)} finished"
     return page.section(title, page.table(("job", *swept, *RESULTS), rows, caption), *failures)
 
 

@@ -1,0 +1,68 @@
+"""A pool of workers: every job once, dead workers replaced, nothing begun after the time."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gossamer.train import workers
+from gossamer.train.workers import Pool, Task
+
+SCRIPT = """
+import json, os, signal, sys, time
+def end(*_):
+    raise InterruptedError
+signal.signal(signal.SIGTERM, end)
+for line in sys.stdin:
+    request = json.loads(line)
+    word, *rest = request["overrides"]
+    code = 0
+    try:
+        if word == "die":
+            os._exit(7)
+        if word == "sleep":
+            time.sleep(float(rest[0]))
+        if word == "code":
+            code = int(rest[0])
+    except InterruptedError:
+        code = 143
+    open(request["log"], "a").write(f"{word} {os.environ['ACCELERATE_MIXED_PRECISION']}\\n")
+    print(code, flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def small_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "COMMAND", [sys.executable, "-c", SCRIPT])
+    monkeypatch.setattr(workers, "LEAST", 0.0)
+
+
+def tasks(folder: Path, *jobs: str) -> list[Task]:
+    return [Task(f"{i} {job}", job.split(), folder / f"{i}.log") for i, job in enumerate(jobs)]
+
+
+def test_each_job_is_done_once_and_codes_come_back(tmp_path: Path) -> None:
+    with Pool(2, "bf16") as pool:
+        found = {
+            done.task.name: done.code
+            for done in pool.run(tasks(tmp_path, "a", "code 2", "die", "b", "c"), None)
+        }
+    assert found == {"0 a": 0, "1 code 2": 2, "2 die": 7, "3 b": 0, "4 c": 0}
+    assert (tmp_path / "4.log").read_text() == "c bf16\n"
+
+
+def test_at_the_deadline_jobs_in_hand_stop_and_the_others_wait(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with Pool(1, "no") as pool:
+        jobs = tasks(tmp_path, "a", "sleep 60", "b")
+        found = [(done.task.name, done.code) for done in pool.run(jobs, start + 3)]
+    assert found == [("0 a", 0), ("1 sleep 60", 143)]
+    assert time.monotonic() - start < 30
+
+
+def test_leaving_the_pool_ends_its_workers(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), Pool(2, "no") as pool:
+        for _ in pool.run(tasks(tmp_path, "a", "sleep 60", "sleep 60"), None):
+            raise KeyError
+    assert all(process.poll() is not None for process in pool._processes.values())

@@ -1,0 +1,56 @@
+"""What a study found, as a page; and a film for its arms on data that do not match.
+
+python -m gossamer.train.study numbers RESULTS.jsonl PAGE.md
+python -m gossamer.train.study page RESULTS.jsonl SWEEP_FOLDER PAGE.html [--arms C F]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from gossamer.train.refusal import Refusal
+from gossamer.train.study.record import Results
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page and return 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m gossamer.train.study")
+    commands = parser.add_subparsers(dest="command", required=True)
+    numbers = commands.add_parser("numbers", help="Markdown tables, verdicts and a Pareto plot")
+    numbers.add_argument("results", type=Path)
+    numbers.add_argument("page", type=Path)
+    shown = commands.add_parser("page", help="HTML: playing videos, masks and budgets")
+    shown.add_argument("results", type=Path)
+    shown.add_argument("runs", type=Path)
+    shown.add_argument("page", type=Path)
+    shown.add_argument("--arms", nargs="+", default=())
+    shown.add_argument("--clips", type=int, default=2)
+    film = commands.add_parser("film", help="a procedural film")
+    film.add_argument("page", type=Path, metavar="film")
+    film.add_argument("--shots", type=int, default=24)
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "film":
+            from gossamer.train.study.procedural import write_film
+
+            sys.stdout.write(f"{write_film(options.page, shots=options.shots)}\n")
+            return 0
+        lines = Results(options.results).required()
+        if options.command == "numbers":
+            from gossamer.train.study.numbers import write_numbers
+
+            written = write_numbers(lines, options.page, source=str(options.results))
+        else:
+            from gossamer.train.study.page import write_page
+
+            chosen = {"arms": options.arms, "clips": options.clips}
+            written = write_page(lines, options.runs, options.page, **chosen)
+    except Refusal as refusal:
+        sys.stderr.write(f"error: {refusal}\n")
+        return 2
+    sys.stdout.write(f"{written}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
