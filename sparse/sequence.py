@@ -133,9 +133,10 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sequence: SequenceParallel) -> Tensor:
         ctx.sequence = sequence
-        parts = x.new_empty(sequence.size * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(parts, x.contiguous(), group=sequence.group)
-        return parts.unflatten(0, (sequence.size, -1)).movedim(0, 1).flatten(1, 2)
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(sequence.size)]
+        dist.all_gather(parts, x, group=sequence.group)
+        return torch.cat(parts, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -6,6 +6,7 @@ and in fp32 in every process, and their gradients are averaged before each step.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -121,6 +122,8 @@ class Parallel:
                 reshard_after_forward=self._reshard,
                 **options,
             )
+        # The model's output is a view, as FSDP warns, but nothing is ever written into it.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         return fully_shard(model, mp_policy=fp32, **options)
 
 
