@@ -1,5 +1,8 @@
 """Shards (FSDP2, HSDP) and shared tokens (Ulysses) in processes on the CPU: the run of one."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +10,11 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+import gossamer
+
 pytestmark = pytest.mark.multi
 
+CONFIGS = Path(gossamer.__file__).with_name("recipes") / "accelerate"
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 HSDP = {
     **FSDP,
@@ -16,50 +22,129 @@ HSDP = {
     "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
     "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
 }
-# all that has numbers of its own for each head: budgets, router, gate
-MASKS = {
+# all that has numbers of its own for each head: budgets, router, gate; and averaged weights
+SETTINGS = {
     "policy": "trained_hybrid",
     "estimator": "router",
     "compensation": "gated_centroid",
     "layout__block": [1, 1, 2],
     "sparsity": 0.625,
     "ema": 0.5,
+    "batch_size": 8,  # two clips at least at once: the CPU rounds the products of one otherwise
+    "checkpoint_every": 4,
 }
 
 
-@pytest.fixture(scope="module")
-def alone(lab: Any, launcher: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The run in one process."""
-    runs = tmp_path_factory.mktemp("alone")
-    done = launcher.run(lab.student(runs, **MASKS))
-    assert done.code == 0, done.text
-    return lab.run(runs)
-
-
-def assert_same(run: Any, alone: Any) -> None:
+def assert_same(run: Any, unbroken: Any) -> None:
     """Require the metrics within 1e-5 of each other, and close tensors in every file."""
-    mine, theirs = np.array(run.losses), np.array(alone.losses)
+    mine, theirs = np.array(run.losses), np.array(unbroken.losses)
     assert mine.shape == theirs.shape
     np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=0)
     for file in ("model", "ema", "optimizer"):
-        ours, single = (load_file(r.newest / f"{file}.safetensors") for r in (run, alone))
+        ours, single = (load_file(r.newest / f"{file}.safetensors") for r in (run, unbroken))
         assert ours.keys() == single.keys()
         for name in ours:
             assert ours[name].shape == single[name].shape
             assert float((ours[name] - single[name]).abs().max()) < 1e-4, name
 
 
-@pytest.mark.parametrize("sequence", [1, 2])
-@pytest.mark.parametrize("launch", [{}, FSDP], ids=["ddp", "fsdp2"])
-def test_two_processes_give_the_losses_of_one(
+def test_accelerate_launch_with_shards_gives_the_run_of_one_and_exports_it(
+    unbroken: Any, lab: Any, tmp_path: Path
+) -> None:
+    options = f"--config_file {CONFIGS / '8-gpu.yaml'} --num_processes 2 --mixed_precision no"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
+    command += ["--main_process_port", "0", "-m", "gossamer.train"]
+    stages = ["calibrate", "train", "export"]
+    done = subprocess.run(
+        [*command, *lab.student(tmp_path, **SETTINGS, stages=stages)],
+        env={**os.environ, "PYTHONPATH": str(lab.source), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "velocities equal the trained student's bit for bit" in done.stderr
+    assert_same(lab.run(tmp_path), unbroken)
+
+
+@pytest.mark.parametrize(
+    ("launch", "settings"),
+    [
+        ({}, {"gradient_checkpointing": True}),
+        (FSDP, {"guidance__scale": 2.0}),
+    ],
+    ids=["checkpointed", "sharded-guided"],
+)
+def test_processes_that_share_each_clip_give_the_run_of_one(
     launch: dict[str, str],
-    sequence: int,
-    alone: Any,
+    settings: dict[str, Any],
+    unbroken: Any,
     lab: Any,
     launcher: Any,
     tmp_path: Path,
 ) -> None:
-    overrides = lab.student(tmp_path, sequence_parallel=sequence, **MASKS)
+    expected = unbroken
+    if "guidance__scale" in settings:
+        one = lab.student(tmp_path / "one", **SETTINGS, **settings)
+        assert launcher.run(one).code == 0
+        expected = lab.run(tmp_path / "one")
+    overrides = lab.student(tmp_path, sequence_parallel=2, **SETTINGS, **settings)
     done = launcher.ranks(overrides, launch=launch)
     assert [one.code for one in done] == [0, 0], done[0].text + done[1].text
-    assert_same(lab.run(tmp_path), alone)
+    assert_same(lab.run(tmp_path), expected)
+
+
+def test_a_sharded_run_goes_on_in_one_process_and_back(
+    unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    overrides = lab.student(tmp_path, **{**SETTINGS, "checkpoint_every": 2})
+    killed, left = launcher.ranks(overrides, launch=FSDP, fault=(1, "after-rename"))
+    assert killed.code == -9 and left.code != 0
+    alone = launcher.run(overrides, fault=(1, "after-rename"))
+    assert alone.code == -9 and "at step 2 of 8" in alone.text
+    done = launcher.ranks(overrides, launch=FSDP)
+    assert [one.code for one in done] == [0, 0] and "at step 4 of 8" in done[0].text
+    assert_same(lab.run(tmp_path), unbroken)
+
+
+def test_adapters_and_a_shared_teacher_in_shards_give_the_run_of_one(
+    lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    lora = {"lora__rank": 4, "teacher": "shared", "ema": 0.5}
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert launcher.run(lab.student(one, **lora)).code == 0
+    done = launcher.ranks(lab.student(two, **lora), launch=FSDP)
+    assert [one.code for one in done] == [0, 0], done[0].text
+    assert_same(lab.run(two), lab.run(one))
+
+
+@pytest.mark.slow
+def test_two_copies_of_two_shards_that_share_clips_give_the_run_of_one(
+    unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    overrides = lab.student(tmp_path, sequence_parallel=2, **SETTINGS)
+    done = launcher.ranks(overrides, launch=HSDP, processes=4)
+    assert [one.code for one in done] == [0] * 4, done[0].text
+    assert_same(lab.run(tmp_path), unbroken)
+
+
+@pytest.mark.parametrize(
+    ("settings", "launch", "said"),
+    [
+        ({"sequence_parallel": 4}, {}, "sequence_parallel=4: allowed is a divisor of the 2 proc"),
+        ({"batch_size": 3}, FSDP, "set batch_size=4"),
+        ({}, {**FSDP, "FSDP_VERSION": "1"}, "fsdp_version=1: allowed is 2; add --fsdp_version 2"),
+    ],
+)
+def test_bad_input_ends_all_processes_before_any_work(
+    settings: dict[str, Any],
+    launch: dict[str, str],
+    said: str,
+    lab: Any,
+    launcher: Any,
+    tmp_path: Path,
+) -> None:
+    done = launcher.ranks(lab.student(tmp_path, **settings), launch=launch)
+    assert [one.code for one in done] == [2, 2]
+    assert said in done[0].errors[0] and "Traceback" not in done[0].text
+    assert not any(tmp_path.iterdir())
