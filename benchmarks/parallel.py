@@ -17,9 +17,12 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +193,7 @@ def work(mode: Mode, options: Any) -> int:
     return 0
 
 
-def train(
-    mode: Mode, options: Any, accelerator: Accelerator, parallel: Parallel
-) -> dict[str, Any]:
+def train(mode: Mode, options: Any, accelerator: Accelerator, parallel: Parallel) -> dict[str, Any]:
     """Do the steps; return losses, gradient norms, seconds of each step and peak memory."""
     shape, device = SHAPES[options.shape], accelerator.device
     method = SparseMethod(
@@ -210,8 +211,9 @@ def train(
     teacher = Frozen()
     teacher.model = parallel.place(dense.requires_grad_(False).eval())
     student = parallel.place(student)
-    draws = Draws(levels=Uniform())
-    forward = parallel.wrap(Distiller(student, teacher, VelocityDistillation(), draws))
+    loss_of: Any = VelocityDistillation()
+    distiller = Distiller(student, teacher, loss_of, Draws(levels=Uniform()))
+    forward = parallel.wrap(distiller)
     parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
     clips, parts = options.processes, options.processes // parallel.data_processes
@@ -226,9 +228,9 @@ def train(
         total = torch.zeros((), device=device)
         for part in range(parts):
             batch = _clip(shape, step * clips + parallel.data_rank * parts + part, device)
-            losses = forward(batch)
-            loss = torch.stack(list(losses.values())).sum() / parts
-            accelerator.backward(loss)
+            with parallel.accumulating(forward) if part + 1 < parts else nullcontext():
+                loss = torch.stack(list(forward(batch).values())).sum() / parts
+                accelerator.backward(loss)
             total += loss.detach()
         parallel.average_whole(parameters)
         norm = parallel.clip(parameters, 1.0)
@@ -238,20 +240,21 @@ def train(
         rows.append([float(accelerator.reduce(total, "mean")), norm, seconds])
     peak = torch.tensor(float(torch.cuda.max_memory_allocated() if device.type == "cuda" else 0))
     peaks = accelerator.gather(peak.to(device)[None]).tolist()
-    losses, norms, seconds = zip(*rows, strict=True)
+    of_steps = list(zip(*rows, strict=True))
     return {
         "processes": accelerator.num_processes,
         "clips": clips,
         "tokens": shape.tokens,
-        "losses": losses,
-        "norms": norms,
-        "seconds": seconds[WARM_UP:],
+        "losses": of_steps[0],
+        "norms": of_steps[1],
+        "seconds": of_steps[2][WARM_UP:],
         "peak_bytes": max(peaks),
     }
 
 
 def links(accelerator: Accelerator) -> dict[str, Any]:
-    """Return the seconds of each collective for the bytes that one process holds of it."""
+    """Return the median seconds of each collective on buffers of these bytes in each process."""
+    warnings.filterwarnings("ignore", ".* is deprecated", FutureWarning)  # torch 2.13; not in 2.11
     size, device = accelerator.num_processes, accelerator.device
     found: dict[str, dict[int, float]] = {}
     sizes = LINK_BYTES if device.type == "cuda" else LINK_BYTES[:1]
@@ -259,10 +262,10 @@ def links(accelerator: Accelerator) -> dict[str, Any]:
         whole = torch.zeros(count // 2, dtype=torch.bfloat16, device=device)
         other, share = torch.empty_like(whole), torch.zeros_like(whole[: whole.numel() // size])
         runs: dict[str, Callable[[], Any]] = {
-            "all-to-all": lambda a=other, b=whole: dist.all_to_all_single(a, b),
-            "all-gather": lambda a=other, b=share: dist.all_gather_into_tensor(a, b),
-            "reduce-scatter": lambda a=share, b=whole: dist.reduce_scatter_tensor(a, b),
-            "all-reduce": lambda a=whole: dist.all_reduce(a),
+            "all-to-all": partial(dist.all_to_all_single, other, whole),
+            "all-gather": partial(dist.all_gather_into_tensor, other, share),
+            "reduce-scatter": partial(dist.reduce_scatter_tensor, share, whole),
+            "all-reduce": partial(dist.all_reduce, whole),
         }
         for name, run in runs.items():
             times = []

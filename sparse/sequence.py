@@ -46,7 +46,6 @@ class SequenceParallel:
         """Return all tokens [B, S, C] of each process's x [B, S / P, C]."""
         return _Join.apply(x, self)
 
-    @torch.compiler.disable
     def attend(
         self,
         attention: nn.Module,
@@ -57,9 +56,9 @@ class SequenceParallel:
         timestep: Tensor | None,
     ) -> Tensor:
         """Return attention over all tokens of these ones, q, k, v [B, H, S / P, D]."""
-        heads = self.heads(q.shape[1])
+        num_heads = q.shape[1]
         q, k, v = (self._to_heads(x) for x in (q, k, v))
-        with only_heads(attention, heads):
+        with only_heads(attention, self.heads(num_heads), num_heads):
             out = attention(q, k, v, grid, timestep)
         return self._to_tokens(out)
 
@@ -69,7 +68,7 @@ class SequenceParallel:
         The mean over the processes is then the measure of all heads [..., H].
         """
         heads = self.heads(num_heads)
-        with only_heads(module, heads):
+        with only_heads(module, heads, num_heads):
             own = measure()
         whole = own.new_zeros(*own.shape[:-1], num_heads)
         whole[..., heads] = own * self.size
@@ -89,14 +88,20 @@ class SequenceParallel:
 
 
 @contextmanager
-def only_heads(module: nn.Module, heads: slice) -> Iterator[None]:
-    """Let a module with tensors per head, [H, ...], see some of its heads inside the block."""
+def only_heads(module: nn.Module, heads: slice, num_heads: int) -> Iterator[None]:
+    """Let a module with tensors per head, [H, ...], see some of its heads inside the block.
+
+    What a part names in `of_all_heads` is no tensor per head, and stays whole.
+    """
     whole: list[tuple[dict[str, Any], str, Tensor]] = []
     with torch.enable_grad():  # as checkpointing's first forward runs without
         for part in module.modules():
-            for store in (part._parameters, part._buffers):
+            whole_ones = getattr(part, "of_all_heads", ())
+            stores: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for store in stores:
                 for name, tensor in store.items():
-                    if tensor is not None:
+                    if tensor is not None and name not in whole_ones:
+                        assert tensor.shape[0] == num_heads, (type(part), name)
                         whole.append((store, name, tensor))
                         store[name] = tensor[heads]
     try:

@@ -124,7 +124,8 @@ class Parallel:
             )
         # The model's output is a view, as FSDP warns, but nothing is ever written into it.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-        return fully_shard(model, mp_policy=fp32, **options)
+        fully_shard(model, mp_policy=fp32, **options)
+        return model
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from gossamer.sparse.layout import TokenGrid
@@ -18,6 +19,7 @@ class AttentionContext:
     step_index: int | None = None  # where the pipeline counts its steps
     sequence: SequenceParallel | None = None  # where processes share the tokens
 
+    @torch.compiler.disable  # compiled, the recompute of checkpointing would save other tensors
     def attend(self, attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return a layer's attention of q, k, v [B, H, S, D]."""
         call = (q, k, v, self.grid, self.timestep)

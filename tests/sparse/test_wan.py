@@ -132,9 +132,7 @@ def test_gradient_checkpointing_changes_no_bit_of_the_sparse_gradients(compensat
     for attention in attentions(model).values():
         attention.policy.register_forward_hook(lambda *call: chosen.append(call))
     recomputed = gradients(model, call)
-    assert len(chosen) == len(
-        masks
-    )  # once in each layer: the mask is kept for the recompute
+    assert len(chosen) == len(masks)  # once in each layer: the mask is kept for the recompute
     for attention, mask in zip(attentions(model).values(), masks, strict=True):
         assert torch.equal(attention.mask.selected, mask)
     assert all(torch.equal(recomputed[name], plain[name]) for name in plain)
