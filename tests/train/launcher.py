@@ -40,8 +40,8 @@ def run(
         die_in_save(*fault)
     try:
         if argv[:1] and argv[0].endswith(".py"):
+            sys.argv, code = argv, 0
             runpy.run_path(argv[0], run_name="__main__")
-            code = 0
         else:
             code = main(["train", *argv])
     except SystemExit as end:
