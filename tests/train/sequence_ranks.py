@@ -79,7 +79,7 @@ def selected(model: nn.Module) -> list[Tensor]:
     return [mask.selected for mask in masks if mask is not None]
 
 
-def check(name: str, sequence: SequenceParallel, *, is_compiled: bool = False) -> None:
+def check(name: str, sequence: SequenceParallel) -> None:
     generator = torch.Generator().manual_seed(1)
     call = {
         "hidden_states": torch.randn(2, 4, 3, 8, 8, generator=generator),
@@ -88,10 +88,6 @@ def check(name: str, sequence: SequenceParallel, *, is_compiled: bool = False) -
     }
     model = wan(METHODS[name])
     shared = deepcopy(model)
-    if is_compiled:
-        shared.enable_gradient_checkpointing()
-        for block in shared.blocks:
-            block.compile(backend="aot_eager")
     expected, single = gradients(model, call)
     share_sequence(shared, sequence)
     out, own = gradients(shared, call)
@@ -111,7 +107,6 @@ def main() -> None:
     sequence = SequenceParallel(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
     for name in METHODS:
         check(name, sequence)
-    check("router, gate", sequence, is_compiled=True)
     dist.destroy_process_group()
     print("all agree")  # noqa: T201
 

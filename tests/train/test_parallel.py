@@ -1,8 +1,5 @@
 """Shards (FSDP2, HSDP) and shared tokens (Ulysses) in processes on the CPU: the run of one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +7,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-import gossamer
-
 pytestmark = pytest.mark.multi
 
-CONFIGS = Path(gossamer.__file__).with_name("recipes") / "accelerate"
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 HSDP = {
     **FSDP,
@@ -53,39 +47,21 @@ def test_two_processes_agree_with_one_in_every_gradient(script: str, launcher: A
     assert "all agree" in done[0].text
 
 
-def test_accelerate_launch_with_shards_gives_the_run_of_one_and_exports_it(
-    unbroken: Any, lab: Any, tmp_path: Path
+def test_shards_give_the_run_of_one_and_are_exported(
+    unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
-    options = f"--config_file {CONFIGS / '8-gpu.yaml'} --num_processes 2 --mixed_precision no"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
-    command += ["--main_process_port", "0", "-m", "gossamer.train"]
     stages = ["calibrate", "train", "export"]
-    done = subprocess.run(
-        [*command, *lab.student(tmp_path, **SETTINGS, stages=stages)],
-        env={**os.environ, "PYTHONPATH": str(lab.source), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "velocities equal the trained student's bit for bit" in done.stderr
+    done = launcher.ranks(lab.student(tmp_path, **SETTINGS, stages=stages), launch=FSDP)
+    assert [one.code for one in done] == [0, 0], done[0].text
+    assert "velocities equal the trained student's bit for bit" in done[0].text
     assert_same(lab.run(tmp_path), unbroken)
 
 
-@pytest.mark.parametrize(
-    ("launch", "settings"),
-    [({}, {"gradient_checkpointing": True}), (FSDP, {})],
-    ids=["checkpointed", "sharded"],
-)
 def test_processes_that_share_each_clip_give_the_run_of_one(
-    launch: dict[str, str],
-    settings: dict[str, Any],
-    unbroken: Any,
-    lab: Any,
-    launcher: Any,
-    tmp_path: Path,
+    unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
-    overrides = lab.student(tmp_path, sequence_parallel=2, **SETTINGS, **settings)
-    done = launcher.ranks(overrides, launch=launch)
+    settings = {**SETTINGS, "sequence_parallel": 2, "gradient_checkpointing": True}
+    done = launcher.ranks(lab.student(tmp_path, **settings))
     assert [one.code for one in done] == [0, 0], done[0].text + done[1].text
     assert_same(lab.run(tmp_path), unbroken)
 
@@ -125,23 +101,11 @@ def test_two_copies_of_two_shards_that_share_clips_give_the_run_of_one(
     assert_same(lab.run(tmp_path), unbroken)
 
 
-@pytest.mark.parametrize(
-    ("settings", "launch", "said"),
-    [
-        ({"sequence_parallel": 4}, {}, "sequence_parallel=4: allowed is a divisor of the 2 proc"),
-        ({"batch_size": 3}, FSDP, "set batch_size=4"),
-        ({}, {**FSDP, "FSDP_VERSION": "1"}, "fsdp_version=1: allowed is 2; add --fsdp_version 2"),
-    ],
-)
-def test_bad_input_ends_all_processes_before_any_work(
-    settings: dict[str, Any],
-    launch: dict[str, str],
-    said: str,
-    lab: Any,
-    launcher: Any,
-    tmp_path: Path,
+def test_a_launch_that_is_refused_ends_all_processes_before_any_work(
+    lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
-    done = launcher.ranks(lab.student(tmp_path, **settings), launch=launch)
+    done = launcher.ranks(lab.student(tmp_path), launch={**FSDP, "FSDP_VERSION": "1"})
     assert [one.code for one in done] == [2, 2]
+    said = "fsdp_version=1: allowed is 2; add --fsdp_version 2"
     assert said in done[0].errors[0] and "Traceback" not in done[0].text
     assert not any(tmp_path.iterdir())
