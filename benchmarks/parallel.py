@@ -150,8 +150,8 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
-    command = f"python -m gossamer.benchmarks.parallel {shlex.join(arguments)}"
-    header = environment(command, options.commit)
+    said = f"python -m gossamer.benchmarks.parallel {shlex.join(arguments)}"
+    header = environment(said, options.commit)
     failed = 0
     for mode, command in zip(modes, commands, strict=True):
         start = time.monotonic()

@@ -114,20 +114,9 @@ def test_benchmarks_import_public_ops_and_sparse_and_of_train_only_helpers(path:
         entry = {f"gossamer.train.{name}" for name in modules}
     externals = {"torch", "triton", "matplotlib"}
     if path.name == "parallel.py":  # takes the steps of a training, as its processes do
-        modules = (
-            "distiller",
-            "draws",
-            "launch",
-            "losses",
-            "model",
-            "noise",
-            "parallel",
-            "teacher",
-        )
-        entry, externals = (
-            {f"gossamer.train.{name}" for name in modules},
-            {*externals, "accelerate"},
-        )
+        names = "distiller draws launch losses model noise parallel teacher"
+        entry = {f"gossamer.train.{name}" for name in names.split()}
+        externals.add("accelerate")
     for name in imports(path):
         if name.startswith("gossamer.kernels"):
             assert name == "gossamer.kernels.blocks" or name.endswith(".op"), name
