@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from inspect import signature
+from math import gcd
 from pathlib import Path
 from types import MethodType, ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from gossamer.sparse.attention import DenseAttention, SparseAttention, SparseMet
 from gossamer.sparse.construct import construct
 from gossamer.sparse.methods import method_named
 from gossamer.sparse.models.context import AttentionContext
+from gossamer.sparse.sequence import SequenceParallel
 from gossamer.sparse.trajectory import Trajectory
 
 CONFIG_NAME = "sparse_attention_config.json"
@@ -126,6 +128,31 @@ def mask_parameters(target: Any) -> dict[str, nn.Parameter]:
         for layer, attention in attentions(target).items()
         for name, parameter in attention.named_parameters()
     }
+
+
+def share_sequence(target: Any, sequence: SequenceParallel) -> None:
+    """Share the tokens and heads of an attached model among the processes of a group.
+
+    Raises ValueError for a family that cannot, or heads that do not divide.
+    """
+    model = transformer_of(target)
+    family = family_of(model)
+    heads = next(layer.heads for _, layer in family.self_attentions(model))
+    check_shared_sequence(model, sequence.size, heads)
+    family.share_tokens(model, sequence)
+    model.__dict__[_RECORD].context.sequence = sequence
+
+
+def check_shared_sequence(model: nn.Module, size: int, heads: int) -> None:
+    """Refuse a family whose tokens cannot be shared, and heads that `size` does not divide."""
+    name = type(model).__name__
+    if size > 1 and not hasattr(family_of(model), "share_tokens"):
+        raise ValueError(f"sequence_parallel={size}: allowed is 1 for {name}; set it to 1")
+    if heads % size:
+        raise ValueError(
+            f"sequence_parallel={size}: allowed is a divisor of the {heads} heads of {name}; "
+            f"set one, e.g. {gcd(heads, size)}"
+        )
 
 
 @contextmanager

@@ -58,6 +58,8 @@ class Linear(Fp32Module):
     only; the authors' released code sums over all tokens and adds a bias.
     """
 
+    of_all_heads = ("projection",)
+
     def __init__(self) -> None:
         super().__init__()
         self.projection: Tensor | None

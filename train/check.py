@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from gossamer.sparse.allocation import Fixed
-from gossamer.sparse.attach import family_of, method_from_spec
+from gossamer.sparse.attach import check_shared_sequence, family_of, method_from_spec
 from gossamer.sparse.attention import SparseMethod, check_backend
 from gossamer.sparse.layout import TokenGrid
 from gossamer.sparse.policies import TrainedHybrid
@@ -23,8 +23,10 @@ from gossamer.train.config import build, data_dir, data_url, require_complete
 from gossamer.train.data.settings import buckets_of
 from gossamer.train.data.shards import MANIFEST, Manifest
 from gossamer.train.data.store import mirror
+from gossamer.train.launch import Launch
 from gossamer.train.loop import TrainSettings
 from gossamer.train.model import ModelSource
+from gossamer.train.parallel import check_sequence
 from gossamer.train.quality import check_extra
 from gossamer.train.refusal import Refusal
 from gossamer.train.sizes import checkpoint_size, clip_size
@@ -49,6 +51,7 @@ def preflight(cfg: DictConfig, stages: list[str]) -> dict[str, Any]:
     """
     require_complete(cfg)
     device = check_device(cfg.device)
+    launch = Launch.read()
     facts: dict[str, Any] = {"device": device}
     if stages == ["report"]:
         return facts
@@ -81,7 +84,8 @@ def preflight(cfg: DictConfig, stages: list[str]) -> dict[str, Any]:
         raise Refusal("repeat_seeds", list(cfg.repeat_seeds), f"other seeds than {cfg.seed}", fix)
     facts |= check_teacher(cfg, stages, model, latent)
     if "train" in stages:
-        facts["batch"] = _batch(cfg)
+        _check_sequence(cfg, model, grids, launch)
+        facts["batch"] = _batch(cfg, launch)
         facts["checkpoint"] = checkpoint_size(cfg, facts["trained"])
     if "encode" in stages and "source" in cfg.data:
         facts["clip"] = clip_size(cfg, latent, text)
@@ -326,14 +330,44 @@ def _check_calibration_path(cfg: DictConfig) -> None:
         )
 
 
-def _batch(cfg: DictConfig) -> str:
-    """Say how a batch is split; refuse one that does not divide over the processes."""
-    from accelerate.utils import get_int_from_env
+def _check_sequence(
+    cfg: DictConfig, model: nn.Module, grids: list[TokenGrid], launch: Launch
+) -> None:
+    """Refuse processes, heads and tokens that do not divide into the groups asked for."""
+    size = cfg.sequence_parallel
+    check_sequence(size, launch.processes)
+    heads = next(layer.heads for _, layer in family_of(model).self_attentions(model))
+    try:
+        check_shared_sequence(model, size, heads)
+    except ValueError as error:
+        raise Refusal("sequence_parallel", size, "a size for this model", str(error)) from error
+    if cfg.evaluation.every and max(size, launch.shard) > 1:
+        raise Refusal(
+            "evaluation.every",
+            cfg.evaluation.every,
+            "0 where processes share a model",
+            "set it to 0, or launch without FSDP and sequence_parallel",
+        )
+    for grid in grids:
+        if grid.num_tokens % size:
+            raise Refusal(
+                "sequence_parallel",
+                size,
+                f"a divisor of the {grid.num_tokens} tokens",
+                "set it to 1, or change the clip size",
+            )
 
-    processes, parts = get_int_from_env(["WORLD_SIZE"], 1), cfg.grad_accumulation
+
+def _batch(cfg: DictConfig, launch: Launch) -> str:
+    """Say how a batch is split; refuse one that does not divide over the processes."""
+    parts, per_sample = cfg.grad_accumulation, cfg.sequence_parallel
+    groups = launch.processes // per_sample
     settings = TrainSettings(steps=cfg.steps, batch_size=cfg.batch_size, grad_accumulation=parts)
-    clips = settings.micro_batch(processes)
-    return f"{cfg.batch_size} clips = processes {processes} x parts {parts} x {clips} at once"
+    clips = settings.micro_batch(groups)
+    shared = f" (each of {per_sample} processes)" if per_sample > 1 else ""
+    shards = f"; weights in {launch.shard} shards" if launch.shard > 1 else ""
+    split = f"processes {groups}{shared} x parts {parts} x {clips} at once"
+    return f"{cfg.batch_size} clips = {split}{shards}"
 
 
 def _check_export(source: ModelSource, text: TextEncoder) -> None:

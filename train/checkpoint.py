@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gossamer.train.files import publish, sha256
 from gossamer.train.refusal import Refusal
+from gossamer.train.sharded import shared_like
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -204,8 +205,9 @@ def load_optimizer(
     for key, tensor in tensors.items():
         name, _, field = key.rpartition("/")
         # torch counts steps on the host unless the update itself runs without it.
-        device = "cpu" if field == "step" and name not in on_device else params[name].device
-        optimizer.state[params[name]][field] = tensor.to(device, copy=True)
+        on_host = field == "step" and name not in on_device
+        own = tensor.clone() if on_host else shared_like(tensor, params[name])
+        optimizer.state[params[name]][field] = own
     for name, fields in state["scalars"].items():
         optimizer.state[params[name]].update(fields)
 

@@ -13,6 +13,7 @@ steps (dual ascent) has no rate to tune, is right from the first step and cannot
   linear estimate. Measured densities, noisy with Top-p, correct the estimate slowly.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from gossamer.sparse.attach import attentions
 from gossamer.sparse.attention import SparseAttention
 from gossamer.sparse.policies import TrainedHybrid
+from gossamer.sparse.sequence import SequenceParallel
 
 _TRUST = 0.2  # share of each measurement in the estimate of the density
 _MAX_SHIFT = 0.05  # of the log-odds in one step
@@ -30,17 +32,23 @@ class DensityController:
     """Projects the gradients and budgets of a student's TrainedHybrid policies; else does nothing.
 
     `target` is the mean density over layers and heads. `accelerator` shares what was measured, so
-    that the budgets stay the same in every process.
+    that the budgets stay the same in every process. With `sequence` each has its own heads' masks.
     """
 
-    def __init__(self, model: nn.Module, target: float, accelerator: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        target: float,
+        accelerator: Any,
+        sequence: SequenceParallel | None = None,
+    ) -> None:
         self._layers = [
             attention
             for attention in attentions(model).values()
             if isinstance(attention, SparseAttention)
             and isinstance(attention.policy, TrainedHybrid)
         ]
-        self._target, self._accelerator = target, accelerator
+        self._target, self._accelerator, self._sequence = target, accelerator, sequence
         self._estimate = target  # of the density at the present budgets
         self._slope = self._before = torch.empty(0)  # of the density in all shifts; the shifts
 
@@ -60,8 +68,7 @@ class DensityController:
         slopes, densities = [], []
         for attention in self._layers:
             assert attention.mask is not None and attention.band is not None
-            policy = attention.policy
-            slopes.append(policy.density_slope(attention.band, attention.mask).flatten())
+            slopes.append(self._density_slope(attention).flatten())
             densities.append(attention.mask.density.mean())
         slope = torch.cat(slopes) / slopes[0].numel() * 2 / len(slopes)
         density = torch.stack(densities).mean().to(slope.dtype)
@@ -90,6 +97,13 @@ class DensityController:
         for shift in self._shifts():
             shift.add_(needed)
         self._estimate = predicted + total * needed
+
+    def _density_slope(self, attention: SparseAttention) -> Tensor:
+        policy = attention.policy
+        measure = partial(policy.density_slope, attention.band, attention.mask)
+        if self._sequence is None:
+            return measure()
+        return self._sequence.at_own_heads(policy, policy.k_shift.numel(), measure)
 
     def _shifts(self) -> list[nn.Parameter]:
         return [p for a in self._layers for p in (a.policy.k_shift, a.policy.p_shift)]

@@ -28,8 +28,10 @@ from gossamer.train.data.quarantine import FILE as QUARANTINE
 from gossamer.train.data.shards import Manifest
 from gossamer.train.draws import Draws
 from gossamer.train.files import write_atomic
+from gossamer.train.launch import Launch, sharding_hidden
 from gossamer.train.lora import add_adapters, check_base
 from gossamer.train.negative import is_needed, load_negative
+from gossamer.train.parallel import Parallel
 from gossamer.train.processes import on_main
 from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import CONFIG, check_run_dir
@@ -60,6 +62,11 @@ class Job:
         self.stages = stages
         self.kept = kept
         self.run_dir = Path(cfg.run_dir)
+
+    @cached_property
+    def parallel(self) -> Parallel:
+        """Return how the processes share the training; all of them call it first together."""
+        return Parallel(self.accelerator, Launch.read(), self.cfg.sequence_parallel)
 
     @property
     def device(self) -> torch.device:
@@ -189,6 +196,10 @@ class Job:
         return teacher
 
     def student(self, seed: int) -> nn.Module:
+        """Return the starting transformer with the run's attention, trainable, on the device."""
+        return self.student_on_cpu(seed).to(self.device)
+
+    def student_on_cpu(self, seed: int) -> nn.Module:
         """Return the starting transformer with the run's attention, budgets set, trainable."""
         model = self._weights(seed)
         if not self.is_sparse:
@@ -204,7 +215,7 @@ class Job:
         model.requires_grad_(True)
         if self.cfg.lora.rank:
             add_adapters(model, self.cfg.lora, seed)
-        return model.to(self.device)
+        return model
 
     @property
     def calibration_dir(self) -> Path:
@@ -366,7 +377,8 @@ def make_accelerator(cfg: DictConfig) -> Accelerator:
 
     cpu = cfg.device == "cpu" or (cfg.device == "auto" and not torch.cuda.is_available())
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # rank 0 encodes, others wait
-    accelerator = Accelerator(cpu=cpu, kwargs_handlers=[patient])
+    with sharding_hidden():
+        accelerator = Accelerator(cpu=cpu, kwargs_handlers=[patient])
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise Refusal(
             "mixed_precision", accelerator.mixed_precision, "no or bf16", "launch with bf16"

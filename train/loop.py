@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +22,10 @@ from gossamer.train.density_controller import DensityController
 from gossamer.train.distiller import Distiller
 from gossamer.train.interrupt import Stop, stoppable
 from gossamer.train.lora import base_of, check_base, trained_state
+from gossamer.train.parallel import Parallel
 from gossamer.train.processes import agreed
 from gossamer.train.refusal import Refusal
+from gossamer.train.sharded import Groups, gathered, shared_like
 from gossamer.train.trackers import MetricsLog, Tracker
 from gossamer.train.watch import Watch
 
@@ -101,12 +103,17 @@ class Progress:
         for name, average in self.ema.items():
             average.lerp_(parameters[name], 1 - decay)
 
-    def save(self, folder: Path, keep: int) -> Path | None:
-        """Write a checkpoint; None when the disk refused it."""
-        tensors, optimizer = checkpoint.optimizer_tensors(self.optimizer, self.named_parameters())
-        groups = {"model": trained_state(self.student), "optimizer": tensors}
+    def tensors(self, *, keep: bool) -> Groups:
+        """Return what a checkpoint holds, where `keep`; all processes call it."""
+        optimizer, _ = checkpoint.optimizer_tensors(self.optimizer, self.named_parameters())
+        groups = {"model": trained_state(self.student), "optimizer": optimizer}
         if self.ema:
             groups["ema"] = self.ema
+        return gathered(groups, keep=keep)
+
+    def save(self, folder: Path, keep: int, groups: Groups) -> Path | None:
+        """Write a checkpoint of `tensors`; None when the disk refused it."""
+        _, optimizer = checkpoint.optimizer_tensors(self.optimizer, self.named_parameters())
         state = {
             "step": self.step,
             "optimizer": optimizer,
@@ -122,8 +129,8 @@ class Progress:
         checkpoint.load_optimizer(
             self.optimizer, self.named_parameters(), tensors["optimizer"], state["optimizer"]
         )
-        device = next(self.student.parameters()).device
-        self.ema = {name: tensor.to(device) for name, tensor in tensors.get("ema", {}).items()}
+        own, ema = self.named_parameters(), tensors.get("ema", {})
+        self.ema = {name: shared_like(tensor, own[name]) for name, tensor in ema.items()}
         self.controller.load_state(state["density"])
         self.step = state["step"]
 
@@ -146,7 +153,8 @@ def load_student(student: nn.Module, state: dict[str, Tensor], path: Path) -> No
     budgets = {name: own[name] for name, _ in student.named_buffers() if name in own}
     if any(not torch.equal(tensor.cpu(), state[name]) for name, tensor in budgets.items()):
         log.warning("%s was trained with other mask budgets than the calibration's", path)
-    student.load_state_dict({**state, **budgets}, strict=False)  # keys were compared above
+    loaded = {name: shared_like(tensor, own[name]) for name, tensor in state.items()}
+    student.load_state_dict({**loaded, **budgets}, strict=False)  # keys were compared above
 
 
 def train(
@@ -160,6 +168,7 @@ def train(
     title: str = "train",
     density: float = 1.0,
     watch: Watch | None = None,
+    parallel: Parallel | None = None,
 ) -> Progress:
     """Train the student up to settings.steps, from the newest checkpoint of `folder` if any.
 
@@ -170,9 +179,12 @@ def train(
     ends the process at once.
     """
     checkpoints = folder / "checkpoints"
-    student = distiller.student.to(accelerator.device).train()
+    parallel = parallel or Parallel(accelerator)
+    micro_batch = settings.micro_batch(parallel.data_processes)
+    student = parallel.place(distiller.student).train()
     optimizer = torch.optim.AdamW(parameter_groups(student, settings), betas=settings.betas)
-    progress = Progress(student, optimizer, DensityController(student, density, accelerator))
+    controller = DensityController(student, density, accelerator, parallel.sequence)
+    progress = Progress(student, optimizer, controller)
     if settings.ema:
         progress.start_ema()
     newest = checkpoint.latest(checkpoints)
@@ -188,14 +200,14 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
         rows = MetricsLog(folder / "metrics.jsonl")
         rows.truncate_after(progress.step)
-    wrapped = accelerator.prepare(distiller)
+    wrapped = parallel.wrap(distiller)
     data = batches(
         dataset,
         schedule_of(dataset, settings.batch_size, settings.seed),
         start_step=progress.step,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        micro_batch=settings.micro_batch(accelerator.num_processes),
+        rank=parallel.data_rank,
+        world=parallel.data_processes,
+        micro_batch=micro_batch,
         num_workers=settings.num_workers,
         num_steps=settings.steps - progress.step,
         pin_memory=accelerator.device.type == "cuda",
@@ -214,7 +226,7 @@ def train(
         disable=not accelerator.is_main_process,
     )
     with bar, stoppable() as stop:
-        for metrics in _steps(wrapped, data, accelerator, progress, settings, stop):
+        for metrics in _steps(wrapped, data, parallel, progress, settings, stop):
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.4g}")
             is_last = progress.step == settings.steps
@@ -227,10 +239,11 @@ def train(
                     tracker.log(progress.step, metrics)
             last = is_last or stop.agreed is not None
             if progress.step % settings.checkpoint_every == 0 or last:
-                saved = True
+                saved, groups = True, progress.tensors(keep=rows is not None)
                 if rows is not None:
                     rows.sync()
-                    saved = progress.save(checkpoints, settings.keep_checkpoints) is not None
+                    written = progress.save(checkpoints, settings.keep_checkpoints, groups)
+                    saved = written is not None
                 failed_saves = 0 if agreed(saved, accelerator) else failed_saves + 1
                 if failed_saves >= MAX_FAILED_SAVES or (failed_saves and last):
                     raise Refusal(
@@ -249,18 +262,19 @@ def train(
 
 
 def _steps(
-    distiller: nn.Module,
+    distiller: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     data: Iterator[dict[str, Tensor]],
-    accelerator: Accelerator,
+    parallel: Parallel,
     progress: Progress,
     settings: TrainSettings,
     stop: Stop,
 ) -> Iterator[dict[str, float]]:
     """Do one optimizer step at a time and yield its metrics."""
+    accelerator = parallel.accelerator
     masks = set(mask_parameters(progress.student).values())
     parameters = [p for p in progress.named_parameters().values() if p not in masks]
     learned = [p for p in progress.named_parameters().values() if p in masks]
-    micro = settings.micro_batch(accelerator.num_processes)
+    micro = settings.micro_batch(parallel.data_processes)
     while progress.step < settings.steps:
         start = time.monotonic()
         lr = settings.lr_at(progress.step)
@@ -271,24 +285,26 @@ def _steps(
             asked = time.monotonic()
             batch = next(data)
             batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
-            forwards = accelerator.process_index * settings.grad_accumulation + part
+            forwards = parallel.data_rank * settings.grad_accumulation + part
             first = progress.step * settings.batch_size + forwards * micro
             batch["position"] = torch.arange(first, first + micro)  # numbers the run's samples
             waited += time.monotonic() - asked
             last = part + 1 == settings.grad_accumulation
-            with accelerator.no_sync(distiller) if not last else nullcontext():
+            with parallel.accumulating(distiller) if not last else nullcontext():
                 losses = distiller(batch)
                 loss = torch.stack(list(losses.values())).sum() / settings.grad_accumulation
                 accelerator.backward(loss)
             total += loss.detach()
         # float() waits for this step, so that a signal during it still counts
-        shared = torch.tensor([float(total), *stop.votes], device=accelerator.device)
-        loss_value, *votes = accelerator.reduce(shared, "mean").tolist()
+        mine = [float(total), mean_density(progress.student), *stop.votes]
+        shared = torch.tensor(mine, device=accelerator.device)
+        loss_value, density, *votes = accelerator.reduce(shared, "mean").tolist()
         stop.agree(votes)
-        norm = float(nn.utils.clip_grad_norm_(parameters, settings.clip))
+        parallel.average_whole([*parameters, *learned])
+        norm = parallel.clip(parameters, settings.clip)
         measured = {"loss": loss_value, "grad_norm": norm}
         if learned:  # not clipped: AdamW bounds their steps, and they must not shrink the others'
-            measured["mask_grad_norm"] = float(nn.utils.clip_grad_norm_(learned, math.inf))
+            measured["mask_grad_norm"] = parallel.clip(learned, math.inf)
         for name, value in measured.items():
             if not math.isfinite(value):
                 raise Refusal(
@@ -306,7 +322,7 @@ def _steps(
             progress.update_ema(settings.ema)
         yield {
             "lr": lr,
-            "density": mean_density(progress.student),
+            "density": density,
             **measured,
             "step_seconds": time.monotonic() - start,
             "data_seconds": waited,

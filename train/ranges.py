@@ -82,6 +82,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "steps": _whole(1),
     "batch_size": _whole(1),
     "grad_accumulation": _whole(1),
+    "sequence_parallel": _whole(1),
     "optimizer.lr": ("a finite number above 0", lambda lr: 0 < lr < math.inf),
     "optimizer.betas": (
         "two numbers in [0, 1)",

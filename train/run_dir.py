@@ -14,7 +14,16 @@ log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 # Keys that may change between two calls of the same run; its folder may be moved.
-FREE_KEYS = ("resume", "debug", "stages", "num_workers", "log_every", "tracker", "export")
+FREE_KEYS = (
+    "resume",
+    "debug",
+    "stages",
+    "num_workers",
+    "log_every",
+    "tracker",
+    "export",
+    "sequence_parallel",
+)
 FREE_DATA_KEYS = ("data.cache", "data.cache_gb")
 PLACE_KEYS = ("name", "runs_dir", "run_dir")
 

@@ -131,7 +131,7 @@ def train_stage(job: "Job") -> None:
         if job.accelerator.is_main_process:
             config = OmegaConf.to_container(job.cfg, resolve=True)
             tracker.start(folder, config)
-        student = job.student(seed)
+        student = job.student_on_cpu(seed)
         if job.cfg.compile:
             for block in student.blocks:
                 block.compile()
@@ -146,6 +146,7 @@ def train_stage(job: "Job") -> None:
                 title=f"train seed {seed}",
                 density=1 - job.sparsity,
                 watch=watch,
+                parallel=job.parallel,
             )
         except SystemExit:  # stopped between two steps
             tracker.finish()

@@ -31,12 +31,12 @@ class Teacher(Protocol):
 
 
 class Frozen:
-    """A second copy of the dense weights on the device."""
+    """A second copy of the dense weights on the device, or shared out as the student's are."""
 
     model: nn.Module
 
     def start(self, job: "Job") -> None:
-        self.model = job.guided(job.dense())
+        self.model = job.guided(job.parallel.place(job.dense_on_cpu()))
 
     def velocity(self, student: nn.Module, noised: Noised) -> Tensor:
         return velocity(self.model, noised.x, noised.t, noised.text, noised.condition)
@@ -54,6 +54,7 @@ class Offloaded(Frozen):
 
     def start(self, job: "Job") -> None:
         model = job.dense_on_cpu()
+        job.parallel.share_tokens(model)
         on_gpu = job.device.type == "cuda"
         model.enable_group_offload(
             onload_device=job.device,

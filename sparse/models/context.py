@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from gossamer.sparse.layout import TokenGrid
+from gossamer.sparse.sequence import SequenceParallel
 
 
 @dataclass
@@ -15,3 +17,10 @@ class AttentionContext:
     timestep: Tensor | None = None  # [B], or [B, S] (Wan 2.2 TI2V)
     branch: str | None = None  # of the guidance, where the pipeline names it
     step_index: int | None = None  # where the pipeline counts its steps
+    sequence: SequenceParallel | None = None  # where processes share the tokens
+
+    @torch.compiler.disable  # compiled, the recompute of checkpointing would save other tensors
+    def attend(self, attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return a layer's attention of q, k, v [B, H, S, D]."""
+        call = (q, k, v, self.grid, self.timestep)
+        return attention(*call) if self.sequence is None else self.sequence.attend(attention, *call)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from gossamer.sparse.layout import TokenGrid
 from gossamer.sparse.models.context import AttentionContext
+from gossamer.sparse.sequence import SequenceParallel
 
 MODEL = WanTransformer3DModel
 
@@ -23,6 +24,23 @@ def token_grid(model: nn.Module, kwargs: dict[str, Tensor]) -> TokenGrid:
     *_, frames, height, width = kwargs["hidden_states"].shape
     t, h, w = model.config.patch_size  # type: ignore[misc]
     return TokenGrid(frames // t, height // h, width // w)
+
+
+def share_tokens(model: nn.Module, sequence: SequenceParallel) -> None:
+    """Let the blocks work on this process's tokens; the model's input and output stay whole."""
+
+    def cut_hidden(block: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, text, timestep, rotary = args
+        if timestep.ndim == 4:
+            raise ValueError(
+                "timestep: allowed is one for each sample with sequence_parallel above 1, not one "
+                "for each token; set sequence_parallel=1"
+            )
+        return sequence.cut(hidden), text, timestep, rotary
+
+    model.rope.register_forward_hook(lambda _, args, out: tuple(map(sequence.cut, out)))
+    model.blocks[0].register_forward_pre_hook(cut_hidden)  # type: ignore[index]
+    model.proj_out.register_forward_hook(lambda _, args, out: sequence.join(out))
 
 
 class Processor(nn.Module):
@@ -60,7 +78,7 @@ class Processor(nn.Module):
             query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
         query, key = query.type_as(value), key.type_as(value)  # under autocast the norms give fp32
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, H, S, D]
-        out = self.attention(q, k, v, self.context.grid, self.context.timestep)
+        out = self.context.attend(self.attention, q, k, v)
         out = out.transpose(1, 2).flatten(2).type_as(query)
         for layer in attn.to_out:
             out = layer(out)

@@ -1,6 +1,7 @@
 """Wan through gossamer's processors against stock diffusers; the true sizes on the meta device."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -12,9 +13,10 @@ from gossamer.sparse.attach import attach, attentions, detach, mask_state
 from gossamer.sparse.attention import DenseAttention, SparseMethod
 from gossamer.sparse.compensation import Centroid, Drop
 from gossamer.sparse.estimators.mean_pool import MeanPool
+from gossamer.sparse.estimators.router import Router
 from gossamer.sparse.layout import RowMajor, Tiles, TokenGrid
 from gossamer.sparse.models.wan import Processor, token_grid
-from gossamer.sparse.policies import Hybrid
+from gossamer.sparse.policies import Hybrid, TrainedHybrid
 
 diffusers = pytest.importorskip("diffusers")
 GRIDS = [(3, 4, 4), (2, 5, 7), (1, 1, 1), (5, 3, 11)]
@@ -128,10 +130,27 @@ def test_gradient_checkpointing_changes_no_bit_of_the_sparse_gradients(compensat
     plain = gradients(model, call)
     masks = [attention.mask.selected for attention in attentions(model).values()]
     model.enable_gradient_checkpointing()
+    chosen: list[Any] = []
+    for attention in attentions(model).values():
+        attention.policy.register_forward_hook(lambda *call: chosen.append(call))
     recomputed = gradients(model, call)
+    assert len(chosen) == len(masks)  # once in each layer: the mask is kept for the recompute
     for attention, mask in zip(attentions(model).values(), masks, strict=True):
         assert torch.equal(attention.mask.selected, mask)
     assert all(torch.equal(recomputed[name], plain[name]) for name in plain)
+
+
+def test_compiled_and_checkpointed_blocks_give_the_gradients_of_trained_masks() -> None:
+    method = replace(sparse(), estimator=Router(side=2), policy=TrainedHybrid(k=0.3))
+    model, call = attach(wan(16).train(), method), inputs((3, 4, 6))
+    plain = gradients(model, call)
+    model.enable_gradient_checkpointing()
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    compiled = gradients(model, call)
+    assert compiled.keys() == plain.keys()
+    for name, gradient in compiled.items():
+        assert (gradient - plain[name]).norm() <= 1e-5 * plain[name].norm(), name
 
 
 @pytest.mark.parametrize("compensation", [Drop(), Centroid()])

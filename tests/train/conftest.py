@@ -151,16 +151,29 @@ class Launcher:
     def run(self, overrides: list[str], **options: object) -> Done:
         return self.start(overrides, **options).wait()  # type: ignore[arg-type]
 
-    def start_ranks(self, overrides: list[str], **options: object) -> list[Running]:
-        """Start one job in two processes with torchrun's environment; options are the first's."""
+    def start_ranks(
+        self,
+        overrides: list[str],
+        *,
+        processes: int = 2,
+        launch: dict[str, str] | None = None,
+        **options: object,
+    ) -> list[Running]:
+        """Start one job in processes with torchrun's environment; options are the first's.
+
+        `launch` is what `accelerate launch` would add to the environment of all.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        first, second = ({**common, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+        common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        first, *others = (
+            {**common, **(launch or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            for rank in range(processes)
+        )
         return [
             self.start(overrides, env=first, **options),  # type: ignore[arg-type]
-            self.start(overrides, env=second),
+            *(self.start(overrides, env=env) for env in others),
         ]
 
     def ranks(self, overrides: list[str], **options: object) -> list[Done]:

@@ -7,6 +7,7 @@ process id, {"wait": pid} its exit status as subprocess counts it.
 import functools
 import json
 import os
+import runpy
 import signal
 import sys
 import traceback
@@ -24,6 +25,7 @@ def run(
     """Become a job: what `python -m gossamer.train` does, with stderr and stdout in `log`.
 
     `hide` names a package that cannot be imported, `fault` the save and the point to die at.
+    A first argument that is a Python file is run in place of the trainer.
     """
     output = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -36,7 +38,11 @@ def run(
     if fault is not None:
         die_in_save(*fault)
     try:
-        code = main(["train", *argv])
+        if argv[:1] and argv[0].endswith(".py"):
+            sys.argv, code = argv, 0
+            runpy.run_path(argv[0], run_name="__main__")
+        else:
+            code = main(["train", *argv])
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:

@@ -1,0 +1,66 @@
+"""One of two processes with shards in bf16: the forward is autocast's, gradients reduce in fp32.
+
+Run by test_parallel.py.
+"""
+
+from copy import deepcopy
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from gossamer.sparse.attach import attach
+from gossamer.train.launch import Launch
+from gossamer.train.model import ScratchWan, velocity
+from gossamer.train.parallel import Parallel
+from gossamer.train.sharded import whole
+
+
+def loss_of(model: nn.Module, accelerator: Accelerator) -> Tensor:
+    """Return the loss of this process's own clip."""
+    generator = torch.Generator().manual_seed(accelerator.process_index)
+    x = torch.randn(1, 4, 2, 8, 8, generator=generator)
+    text = torch.randn(1, 4, 16, generator=generator)
+    with accelerator.autocast():
+        return velocity(model, x, torch.tensor([0.9991]), text, None).square().mean()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    source = ScratchWan(num_layers=2, num_heads=2, head_dim=16, ffn_dim=64, channels=4, text_dim=16)
+    model = attach(source.load(0), None).train()
+    parallel = Parallel(accelerator, Launch(2, shard=2))
+    sharded = parallel.place(deepcopy(model))
+
+    names = {n for n, p in sharded.named_parameters() if isinstance(p, DTensor)}
+    matrices = {n for n, p in model.named_parameters() if p.ndim > 1 and "scale_shift" not in n}
+    assert names == matrices
+    assert all(p.dtype == torch.float32 for p in sharded.parameters())
+
+    expected, loss = loss_of(model, accelerator), loss_of(sharded, accelerator)
+    assert torch.equal(loss, expected)  # bit for bit: no input is cast, least of all the timestep
+    expected.backward()
+    loss.backward()
+    parameters = list(sharded.parameters())
+    parallel.average_whole(parameters)
+    for (name, one), other in zip(model.named_parameters(), parameters, strict=True):
+        if one.grad is None:
+            continue
+        dist.all_reduce(one.grad)
+        mean, own = one.grad / 2, whole(other.grad)
+        if name.startswith("blocks"):  # before them gradients add up in bf16, in another order
+            assert torch.equal(own, mean), name
+        assert (own - mean).norm() < 0.01 * mean.norm(), name
+
+    norm = nn.utils.clip_grad_norm_(model.parameters(), torch.inf) / 2
+    assert abs(parallel.clip(parameters, 1e-3) - float(norm)) < 1e-5 * norm
+    assert abs(parallel.clip(parameters, torch.inf) - 1e-3) < 1e-6
+    accelerator.end_training()
+    print("all agree")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Shards (FSDP2, HSDP) and shared tokens (Ulysses) in processes on the CPU: the run of one."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.multi
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+HSDP = {
+    **FSDP,
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}
+# all that has numbers of its own for each head: budgets, router, gate; and averaged weights
+SETTINGS = {
+    "policy": "trained_hybrid",
+    "estimator": "router",
+    "compensation": "gated_centroid",
+    "layout__block": [1, 1, 2],
+    "sparsity": 0.625,
+    "ema": 0.5,
+}
+
+
+def assert_same(run: Any, unbroken: Any) -> None:
+    """Require the metrics within 1e-5 of each other, and close tensors in every file."""
+    mine, theirs = np.array(run.losses), np.array(unbroken.losses)
+    assert mine.shape == theirs.shape
+    np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=0)
+    for file in ("model", "ema", "optimizer"):
+        ours, single = (load_file(r.newest / f"{file}.safetensors") for r in (run, unbroken))
+        assert ours.keys() == single.keys()
+        for name in ours:
+            assert ours[name].shape == single[name].shape
+            assert float((ours[name] - single[name]).abs().max()) < 1e-4, name
+
+
+@pytest.mark.parametrize("script", ["sequence_ranks.py", "sharded_ranks.py"])
+def test_two_processes_agree_with_one_in_every_gradient(script: str, launcher: Any) -> None:
+    done = launcher.ranks([str(Path(__file__).with_name(script))])
+    assert [one.code for one in done] == [0, 0], done[0].text + done[1].text
+    assert "all agree" in done[0].text
+
+
+def test_shards_give_the_run_of_one_and_are_exported(
+    unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    stages = ["calibrate", "train", "export"]
+    done = launcher.ranks(lab.student(tmp_path, **SETTINGS, stages=stages), launch=FSDP)
+    assert [one.code for one in done] == [0, 0], done[0].text
+    assert "velocities equal the trained student's bit for bit" in done[0].text
+    assert_same(lab.run(tmp_path), unbroken)
+
+
+def test_processes_that_share_each_clip_give_the_run_of_one(
+    unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    settings = {**SETTINGS, "sequence_parallel": 2, "gradient_checkpointing": True}
+    done = launcher.ranks(lab.student(tmp_path, **settings))
+    assert [one.code for one in done] == [0, 0], done[0].text + done[1].text
+    assert_same(lab.run(tmp_path), unbroken)
+
+
+def test_a_sharded_run_goes_on_in_one_process_and_back(
+    unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    overrides = lab.student(tmp_path, **{**SETTINGS, "checkpoint_every": 2})
+    killed, left = launcher.ranks(overrides, launch=FSDP, fault=(1, "after-rename"))
+    assert killed.code == -9 and left.code != 0
+    alone = launcher.run(overrides, fault=(1, "after-rename"))
+    assert alone.code == -9 and "at step 2 of 8" in alone.text
+    done = launcher.ranks(overrides, launch=FSDP)
+    assert [one.code for one in done] == [0, 0] and "at step 4 of 8" in done[0].text
+    assert_same(lab.run(tmp_path), unbroken)
+
+
+def test_adapters_and_a_shared_teacher_in_shards_give_the_run_of_one(
+    lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    lora = {"lora__rank": 4, "teacher": "shared", "ema": 0.5}
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert launcher.run(lab.student(one, **lora)).code == 0
+    done = launcher.ranks(lab.student(two, **lora), launch=FSDP)
+    assert [one.code for one in done] == [0, 0], done[0].text
+    assert_same(lab.run(two), lab.run(one))
+
+
+@pytest.mark.slow
+def test_two_copies_of_two_shards_that_share_clips_give_the_run_of_one(
+    unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    overrides = lab.student(tmp_path, sequence_parallel=2, **SETTINGS)
+    done = launcher.ranks(overrides, launch=HSDP, processes=4)
+    assert [one.code for one in done] == [0] * 4, done[0].text
+    assert_same(lab.run(tmp_path), unbroken)
+
+
+def test_a_launch_that_is_refused_ends_all_processes_before_any_work(
+    lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    done = launcher.ranks(lab.student(tmp_path), launch={**FSDP, "FSDP_VERSION": "1"})
+    assert [one.code for one in done] == [2, 2]
+    said = "fsdp_version=1: allowed is 2; add --fsdp_version 2"
+    assert said in done[0].errors[0] and "Traceback" not in done[0].text
+    assert not any(tmp_path.iterdir())

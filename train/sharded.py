@@ -1,0 +1,53 @@
+"""Tensors that are shared out among processes (DTensor) as whole ones, and back."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+Groups = dict[str, dict[str, Tensor]]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor put together from its shares; all processes call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(groups: Mapping[str, Mapping[str, Tensor]], *, keep: bool) -> Groups:
+    """Return groups of tensors with the shared-out ones whole, on the CPU.
+
+    All processes call it; it is empty where `keep` is False.
+    """
+    found: Groups = {group: {} for group in groups}
+    for group, tensors in groups.items():
+        for name, tensor in tensors.items():
+            together = whole(tensor.detach())
+            if keep:
+                found[group][name] = together.cpu() if together is not tensor else together
+    return found
+
+
+def shared_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a copy of a whole tensor on the device of `like`: this process's share, if so shaped.
+
+    Nothing is sent: every process has the whole tensor.
+    """
+    if isinstance(like, DTensor) and tensor.shape == like.shape:
+        local = tensor.to(like.to_local().device)
+        return distribute_tensor(local, like.device_mesh, like.placements, src_data_rank=None)
+    return tensor.to(like.device, copy=True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's share of a tensor, or the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def norm_of(gradients: list[Tensor]) -> Tensor:
+    """Return the norm of all gradients together, shared out or not; all processes call it."""
+    kinds = [
+        [g for g in gradients if isinstance(g, DTensor) is is_shared] for is_shared in (False, True)
+    ]
+    norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+    return torch.stack(norms).norm()
