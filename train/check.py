@@ -67,6 +67,7 @@ def preflight(cfg: DictConfig, stages: list[str]) -> dict[str, Any]:
         raise Refusal("repeat_seeds", list(cfg.repeat_seeds), f"other seeds than {cfg.seed}", fix)
     facts |= check_teacher(cfg, stages, model, latent)
     if "train" in stages:
+        build(cfg.optimizer).check()
         facts["batch"] = _batch(cfg)
         facts["checkpoint"] = checkpoint_size(cfg, facts["trained"])
     if "encode" in stages:

@@ -1,0 +1,220 @@
+"""What a training step takes on one GPU, counted on tensors without data before any weight is read.
+
+The run's own code takes the step on the meta device: the student with its attention, the teacher,
+the loss, gradient checkpointing. So the count follows the code. What it does not see: the CUDA
+context, memory that a kernel needs inside itself, fragmentation, torch.compile's savings.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gossamer.sparse.attach import attach, family_of, mask_parameters, method_from_spec
+from gossamer.train.config import build
+from gossamer.train.distiller import Distiller
+from gossamer.train.draws import Noised
+from gossamer.train.live_bytes import LikeCuda, LiveBytes
+from gossamer.train.lora import insert_adapters
+from gossamer.train.refusal import Refusal
+from gossamer.train.teacher import Cached, Frozen, Guided, Offloaded, Shared
+
+META = torch.device("meta")
+GIB = 2**30
+_WORKSPACE = 64 << 20  # cuBLAS: 32 MiB each for forward and backward, on an H100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How processes share a step. Each number divides: replicas the batch alone, others memory.
+
+    shards: weights, gradients, optimizer and average (FSDP2); sequence: the tokens (Ulysses).
+    """
+
+    replicas: int = 1
+    shards: int = 1
+    sequence: int = 1
+    teacher_sharded: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the peak of a step, by what they hold; `phase` is when that is."""
+
+    phase: str
+    parts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{n} {b / GIB:.1f}" for n, b in self.parts.items() if b >= GIB / 20)
+        return f"{self.total / GIB:.1f} GiB at the peak, in {self.phase}: {parts}"
+
+
+def estimate(
+    cfg: DictConfig,
+    latent: tuple[int, int, int, int],
+    text: tuple[int, int],
+    *,
+    dtype: torch.dtype,
+    clips: int,
+    split: Split | None = None,
+) -> Memory:
+    """Estimate a training step of `clips` latents [C, f, h, w] with text [L, dim] at once.
+
+    `dtype` is that of mixed precision, fp32 for none. Kernels are a GPU's, whatever the machine.
+    """
+    split = split or Split()
+    source = build(cfg.model)
+    live, like = LiveBytes("meta"), LikeCuda()
+    student = _student(cfg, source.skeleton(), like)
+    loss, optimizer = build(cfg.loss), build(cfg.optimizer)
+    teacher = _teacher(cfg, source, student, text) if loss.needs_teacher else None
+    for kind, model in (("weights", student), ("teacher", getattr(teacher, "model", None))):
+        for tensor in _tensors(model):
+            live.count(tensor, kind)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    masks = set(mask_parameters(student).values())
+    if cfg.ema:
+        live.now["average"] = sum(_bytes(p) for p in trained if p not in masks)
+    live.now["optimizer"] = sum(optimizer.state_bytes(p) for p in trained)
+    if split.replicas > 1 and split.shards == 1:
+        live.now["DDP's buckets"] = sum(map(_bytes, trained))
+    if isinstance(teacher, Offloaded):
+        live.now["teacher"] = _visiting(teacher.model)
+    whole = dict(live.now)
+    noised = _noised(latent, text, clips, has_condition=source.condition != "none")
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(
+            lambda p: live.count(p.grad, "gradients") if p.grad is not None else None
+        )
+    with live, like:
+        if cfg.grad_accumulation > 1:  # an earlier part's are there
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+                live.count(parameter.grad, "gradients")
+        distiller = Distiller(student, teacher, loss, lambda batch: noised)  # type: ignore[arg-type]
+        live.phase = "forward"
+        with like.autocast(dtype):
+            losses = distiller({})
+        live.phase = "backward"
+        torch.stack(list(losses.values())).sum().backward()
+        del losses
+        live.phase = "the optimizer's step"
+        nn.utils.clip_grad_norm_(trained, 1.0)
+    parts = {name: size for name, size in live.peak.items() if size}
+    if split.shards > 1 or split.sequence > 1:
+        whole["gradients"] = sum(map(_bytes, trained))
+        parts = _divided(whole, live.most_other, _largest_block(student), dtype, split)
+    return Memory(live.peak_phase, {**parts, "workspaces": _WORKSPACE})
+
+
+def _student(cfg: DictConfig, model: nn.Module, like: LikeCuda) -> nn.Module:
+    """Return the student as Job makes it, on the meta device; budgets do not change its memory."""
+    if cfg.error_budget is not None or cfg.sparsity > 0:
+        names = ("layout", "estimator", "policy", "compensation")
+        spec = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(names)))
+        assert isinstance(spec, dict)
+        attach(model, method_from_spec({**spec, "backend": "auto"}))
+    else:
+        attach(model, None)
+    if cfg.gradient_checkpointing:
+        # As diffusers does by default; `like` is switched off while Tensor.backward runs.
+        model.enable_gradient_checkpointing(  # type: ignore[operator]
+            partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), like))
+        )
+    model.requires_grad_(True)
+    if cfg.lora.rank:
+        insert_adapters(model, cfg.lora)
+    return model.to(META).train()
+
+
+class _Read:
+    """The velocity of a cached teacher."""
+
+    def velocity(self, student: nn.Module, noised: Noised) -> Tensor:
+        return torch.empty_like(noised.velocity)
+
+
+def _teacher(cfg: DictConfig, source: Any, student: nn.Module, text: tuple[int, int]) -> Any:
+    """Return the teacher as its class holds it, started on the meta device."""
+    teacher = build(cfg.teacher)
+
+    def guided(model: nn.Module) -> nn.Module:
+        if cfg.guidance.scale == 1:
+            return model
+        return Guided(model, torch.empty(text, device=META), cfg.guidance.scale)
+
+    if isinstance(teacher, Cached):
+        return _Read()
+    if isinstance(teacher, Shared):
+        teacher.job = SimpleNamespace(guided=guided)  # type: ignore[assignment]
+    elif isinstance(teacher, Frozen):
+        model = attach(source.skeleton(), None).requires_grad_(False).eval()
+        teacher.model = guided(model)
+    else:
+        kind = type(teacher).__name__
+        raise Refusal("teacher", kind, "one that the estimate knows", "teach it train/memory.py")
+    return teacher
+
+
+def _noised(
+    latent: tuple[int, ...], text: tuple[int, int], clips: int, *, has_condition: bool
+) -> Noised:
+    x, target = (torch.empty(clips, *latent, device=META) for _ in range(2))
+    return Noised(
+        x=x,
+        t=torch.empty(clips, device=META),
+        velocity=target,
+        text=torch.empty(clips, *text, device=META),
+        condition=torch.empty_like(x) if has_condition else None,
+        index=[0] * clips,
+        draw=[0] * clips,
+    )
+
+
+def _divided(
+    whole: dict[str, int], other: int, block: int, dtype: torch.dtype, split: Split
+) -> dict[str, int]:
+    """Return the parts where processes share them: the states evenly, two blocks whole at a time.
+
+    FSDP2 gathers the next block while one computes, in `dtype`; its gradients are reduced in fp32.
+    """
+    kept = {"teacher"} if not split.teacher_sharded else set()
+    parts = {n: size // (1 if n in kept else split.shards) for n, size in whole.items() if size}
+    if split.shards > 1:
+        parts["gathered blocks"] = 2 * block * (dtype.itemsize + 4)
+    return {**parts, "activations": other // split.sequence}
+
+
+def _visiting(model: nn.Module) -> int:
+    """Return what an offloaded copy takes on the GPU: two blocks, and all that is in none."""
+    model = getattr(model, "model", model)
+    blocks = [sum(map(_bytes, block.parameters())) for block in _blocks(model)]
+    return sum(map(_bytes, model.parameters())) - sum(blocks) + 2 * max(blocks)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that hold one self-attention each."""
+    names = {name.rpartition(".")[0] for name, _ in family_of(model).self_attentions(model)}
+    return [model.get_submodule(name) for name in sorted(names)]
+
+
+def _largest_block(model: nn.Module) -> int:
+    return max(sum(p.numel() for p in block.parameters()) for block in _blocks(model))
+
+
+def _tensors(model: nn.Module | None) -> list[Tensor]:
+    return [] if model is None else [*model.parameters(), *model.buffers()]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
