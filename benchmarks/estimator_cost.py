@@ -114,9 +114,7 @@ def _measure(
         "layout": _milliseconds(stopwatch, lay),
         "permute": _milliseconds(stopwatch, permuted),
         "mask": _milliseconds(stopwatch, choose),
-        "attention": _milliseconds(
-            stopwatch, lambda: compensation(*inner, blocks, "auto", None)
-        ),
+        "attention": _milliseconds(stopwatch, lambda: compensation(*inner, blocks, "auto", None)),
     }
     return {"method": name, "density": float(mask.density.mean()), **times}
 

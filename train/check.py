@@ -20,6 +20,7 @@ from gossamer.train.codec import Codec
 from gossamer.train.config import build, data_dir, require_complete
 from gossamer.train.data.shards import MANIFEST, Manifest
 from gossamer.train.loop import TrainSettings
+from gossamer.train.memory import GIB, Split, advice, estimate
 from gossamer.train.model import ModelSource
 from gossamer.train.refusal import Refusal
 from gossamer.train.sizes import checkpoint_size, clip_size
@@ -69,6 +70,7 @@ def preflight(cfg: DictConfig, stages: list[str]) -> dict[str, Any]:
     if "train" in stages:
         build(cfg.optimizer).check()
         facts["batch"] = _batch(cfg)
+        facts["memory"] = _memory(cfg, latent, (text.length, text.dim), dtype, device)
         facts["checkpoint"] = checkpoint_size(cfg, facts["trained"])
     if "encode" in stages:
         facts["clip"] = clip_size(cfg, latent, text)
@@ -291,6 +293,34 @@ def _batch(cfg: DictConfig) -> str:
     settings = TrainSettings(steps=cfg.steps, batch_size=cfg.batch_size, grad_accumulation=parts)
     clips = settings.micro_batch(processes)
     return f"{cfg.batch_size} clips = processes {processes} x parts {parts} x {clips} at once"
+
+
+def _memory(
+    cfg: DictConfig,
+    latent: tuple[int, int, int, int],
+    text: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str:
+    """Say what a training step takes on a GPU; warn where this one has less."""
+    from accelerate.utils import get_int_from_env, parse_flag_from_env
+
+    processes = get_int_from_env(["WORLD_SIZE"], 1)
+    split = Split(replicas=processes)
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        split = Split(replicas=processes, shards=processes)
+    clips = cfg.batch_size // cfg.grad_accumulation // processes
+    needed = estimate(cfg, latent, text, dtype=dtype, clips=clips, split=split)
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+        if needed.total > there:
+            log.warning(
+                "a training step needs about %.1f GiB and the GPU has %.1f; try %s",
+                needed.total / GIB,
+                there / GIB,
+                advice(cfg),
+            )
+    return str(needed)
 
 
 def _check_export(source: ModelSource, text: TextEncoder) -> None:

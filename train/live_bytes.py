@@ -54,9 +54,7 @@ class LiveBytes(TorchDispatchMode):
         self.most_other = 0
         self._known: dict[int, tuple[str, int]] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for found in tree_leaves(result):
             if isinstance(found, Tensor):

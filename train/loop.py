@@ -45,7 +45,7 @@ class TrainSettings(Numbers):
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
     seed: int = 0
-    optimizer: AdamW = AdamW()
+    optimizer: AdamW = field(default_factory=AdamW)
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a step: linear warm-up, then cosine to final_lr * lr."""

@@ -59,7 +59,7 @@ def add_adapters(model: nn.Module, options: DictConfig, seed: int) -> None:
 
 
 def insert_adapters(model: nn.Module, options: DictConfig) -> None:
-    """Do what `add_adapters` does, to a model whose weights are not there too; noise is unseeded."""
+    """Do what `add_adapters` does, also to one without weights; unseeded."""
     try:
         from peft import LoraConfig
     except ImportError as error:  # missing, or too old for the transformers that is there
@@ -69,7 +69,7 @@ def insert_adapters(model: nn.Module, options: DictConfig) -> None:
         lora_alpha=options.rank if options.alpha is None else options.alpha,
         target_modules=list(adapted_layers(model, options.layers)),
     )
-    model.add_adapter(config, adapter_name=ADAPTER)  # type: ignore[operator]
+    model.add_adapter(config, adapter_name=ADAPTER)
     for attention in attentions(model).values():
         attention.requires_grad_(True)
 

@@ -5,14 +5,14 @@ the loss, gradient checkpointing. So the count follows the code. What it does no
 context, memory that a kernel needs inside itself, fragmentation, torch.compile's savings.
 """
 
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +23,7 @@ from gossamer.train.draws import Noised
 from gossamer.train.live_bytes import LikeCuda, LiveBytes
 from gossamer.train.lora import insert_adapters
 from gossamer.train.refusal import Refusal
-from gossamer.train.teacher import Cached, Frozen, Guided, Offloaded, Shared
+from gossamer.train.teacher import Cached, Frozen, Offloaded, Shared
 
 META = torch.device("meta")
 GIB = 2**30
@@ -77,10 +77,8 @@ def estimate(
     live, like = LiveBytes("meta"), LikeCuda()
     student = _student(cfg, source.skeleton(), like)
     loss, optimizer = build(cfg.loss), build(cfg.optimizer)
-    teacher = _teacher(cfg, source, student, text) if loss.needs_teacher else None
-    for kind, model in (("weights", student), ("teacher", getattr(teacher, "model", None))):
-        for tensor in _tensors(model):
-            live.count(tensor, kind)
+    for tensor in (*student.parameters(), *student.buffers()):
+        live.count(tensor, "weights")
     trained = [p for p in student.parameters() if p.requires_grad]
     masks = set(mask_parameters(student).values())
     if cfg.ema:
@@ -88,20 +86,20 @@ def estimate(
     live.now["optimizer"] = sum(optimizer.state_bytes(p) for p in trained)
     if split.replicas > 1 and split.shards == 1:
         live.now["DDP's buckets"] = sum(map(_bytes, trained))
-    if isinstance(teacher, Offloaded):
-        live.now["teacher"] = _visiting(teacher.model)
+    if loss.needs_teacher:
+        live.now["teacher"] = _teacher_bytes(build(cfg.teacher), source.skeleton())
     whole = dict(live.now)
     noised = _noised(latent, text, clips, has_condition=source.condition != "none")
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(
             lambda p: live.count(p.grad, "gradients") if p.grad is not None else None
         )
-    with live, like:
+    with warnings.catch_warnings(action="ignore"), live, like:
         if cfg.grad_accumulation > 1:  # an earlier part's are there
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
                 live.count(parameter.grad, "gradients")
-        distiller = Distiller(student, teacher, loss, lambda batch: noised)  # type: ignore[arg-type]
+        distiller = Distiller(student, _Given(), loss, lambda batch: noised)  # type: ignore[arg-type]
         live.phase = "forward"
         with like.autocast(dtype):
             losses = distiller({})
@@ -113,22 +111,36 @@ def estimate(
     parts = {name: size for name, size in live.peak.items() if size}
     if split.shards > 1 or split.sequence > 1:
         whole["gradients"] = sum(map(_bytes, trained))
-        parts = _divided(whole, live.most_other, _largest_block(student), dtype, split)
+        parts = _divided(whole, live.most_other, max(_block_bytes(student)), dtype, split)
     return Memory(live.peak_phase, {**parts, "workspaces": _WORKSPACE})
+
+
+def advice(cfg: DictConfig) -> str:
+    """Name up to three settings of a config that make a step smaller, the strongest first."""
+    clips = cfg.batch_size // cfg.grad_accumulation
+    ways = {
+        "gradient_checkpointing=true": not cfg.gradient_checkpointing,
+        f"grad_accumulation={cfg.batch_size}": clips > 1,
+        "teacher=cached noise_draws=16": cfg.teacher._target_.endswith((".Frozen", ".Offloaded")),
+        "optimizer=adamw_8bit": not cfg.optimizer._target_.endswith("8bit"),
+        "lora.rank=64": not cfg.lora.rank,
+        "ema=0": cfg.ema > 0,
+        "a smaller data.frames, data.height or data.width": True,
+    }
+    return ", ".join([way for way, helps in ways.items() if helps][:3])
 
 
 def _student(cfg: DictConfig, model: nn.Module, like: LikeCuda) -> nn.Module:
     """Return the student as Job makes it, on the meta device; budgets do not change its memory."""
     if cfg.error_budget is not None or cfg.sparsity > 0:
         names = ("layout", "estimator", "policy", "compensation")
-        spec = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(names)))
-        assert isinstance(spec, dict)
+        spec = {name: build(cfg[name]) for name in names}
         attach(model, method_from_spec({**spec, "backend": "auto"}))
     else:
         attach(model, None)
     if cfg.gradient_checkpointing:
         # As diffusers does by default; `like` is switched off while Tensor.backward runs.
-        model.enable_gradient_checkpointing(  # type: ignore[operator]
+        model.enable_gradient_checkpointing(
             partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), like))
         )
     model.requires_grad_(True)
@@ -137,33 +149,26 @@ def _student(cfg: DictConfig, model: nn.Module, like: LikeCuda) -> nn.Module:
     return model.to(META).train()
 
 
-class _Read:
-    """The velocity of a cached teacher."""
+class _Given:
+    """Stands for any teacher: its forward, without gradients, never makes the peak."""
 
     def velocity(self, student: nn.Module, noised: Noised) -> Tensor:
         return torch.empty_like(noised.velocity)
 
 
-def _teacher(cfg: DictConfig, source: Any, student: nn.Module, text: tuple[int, int]) -> Any:
-    """Return the teacher as its class holds it, started on the meta device."""
-    teacher = build(cfg.teacher)
-
-    def guided(model: nn.Module) -> nn.Module:
-        if cfg.guidance.scale == 1:
-            return model
-        return Guided(model, torch.empty(text, device=META), cfg.guidance.scale)
-
-    if isinstance(teacher, Cached):
-        return _Read()
-    if isinstance(teacher, Shared):
-        teacher.job = SimpleNamespace(guided=guided)  # type: ignore[assignment]
-    elif isinstance(teacher, Frozen):
-        model = attach(source.skeleton(), None).requires_grad_(False).eval()
-        teacher.model = guided(model)
-    else:
-        kind = type(teacher).__name__
-        raise Refusal("teacher", kind, "one that the estimate knows", "teach it train/memory.py")
-    return teacher
+def _teacher_bytes(teacher: Any, model: nn.Module) -> int:
+    """Return what a teacher of this model holds on the GPU."""
+    whole = sum(map(_bytes, (*model.parameters(), *model.buffers())))
+    match teacher:
+        case Cached() | Shared():
+            return 0
+        case Offloaded():  # two blocks, and all that is in none
+            blocks = _block_bytes(model)
+            return whole - sum(blocks) + 2 * max(blocks)
+        case Frozen():
+            return whole
+    kind = type(teacher).__name__
+    raise Refusal("teacher", kind, "one that the estimate knows", "add it to train/memory.py")
 
 
 def _noised(
@@ -191,29 +196,15 @@ def _divided(
     kept = {"teacher"} if not split.teacher_sharded else set()
     parts = {n: size // (1 if n in kept else split.shards) for n, size in whole.items() if size}
     if split.shards > 1:
-        parts["gathered blocks"] = 2 * block * (dtype.itemsize + 4)
+        parts["gathered blocks"] = 2 * block * (dtype.itemsize + 4) // 4  # of fp32 parameters
     return {**parts, "activations": other // split.sequence}
 
 
-def _visiting(model: nn.Module) -> int:
-    """Return what an offloaded copy takes on the GPU: two blocks, and all that is in none."""
-    model = getattr(model, "model", model)
-    blocks = [sum(map(_bytes, block.parameters())) for block in _blocks(model)]
-    return sum(map(_bytes, model.parameters())) - sum(blocks) + 2 * max(blocks)
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that hold one self-attention each."""
+def _block_bytes(model: nn.Module) -> list[int]:
+    """Return the bytes of each block, a module that holds one self-attention."""
     names = {name.rpartition(".")[0] for name, _ in family_of(model).self_attentions(model)}
-    return [model.get_submodule(name) for name in sorted(names)]
-
-
-def _largest_block(model: nn.Module) -> int:
-    return max(sum(p.numel() for p in block.parameters()) for block in _blocks(model))
-
-
-def _tensors(model: nn.Module | None) -> list[Tensor]:
-    return [] if model is None else [*model.parameters(), *model.buffers()]
+    blocks = [model.get_submodule(name) for name in sorted(names)]
+    return [sum(map(_bytes, block.parameters())) for block in blocks]
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -40,7 +40,7 @@ class AdamW(Numbers):
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return the optimizer of parameter groups; their learning rates are set at each step."""
         on_gpu = all(p.is_cuda for group in groups for p in group["params"])
-        return torch.optim.AdamW(groups, betas=tuple(self.betas), fused=on_gpu or None)
+        return torch.optim.AdamW(groups, betas=self.betas, fused=on_gpu or None)
 
     def state_bytes(self, parameter: Tensor) -> int:
         """Return what is kept for a parameter from step to step."""
@@ -70,7 +70,7 @@ class AdamW8bit(AdamW):
         if any(hasattr(p, "device_mesh") for group in groups for p in group["params"]):
             allowed = "adamw where parameters are sharded (FSDP)"
             raise Refusal("optimizer", "adamw_8bit", allowed, "set optimizer=adamw")
-        optimizer: torch.optim.Optimizer = Optimizer(groups, betas=tuple(self.betas))
+        optimizer: torch.optim.Optimizer = Optimizer(groups, betas=self.betas)
         return optimizer
 
     def state_bytes(self, parameter: Tensor) -> int:
