@@ -67,15 +67,17 @@ def estimate(
     dtype: torch.dtype,
     clips: int,
     split: Split | None = None,
+    weights: torch.dtype = torch.float32,
 ) -> Memory:
     """Estimate a training step of `clips` latents [C, f, h, w] with text [L, dim] at once.
 
-    `dtype` is that of mixed precision, fp32 for none. Kernels are a GPU's, whatever the machine.
+    `dtype` is that of mixed precision, fp32 for none; `weights` that of student and teacher.
+    Kernels are a GPU's, whatever the machine.
     """
     split = split or Split()
     source = build(cfg.model)
     live, like = LiveBytes("meta"), LikeCuda()
-    student = _student(cfg, source.skeleton(), like)
+    student = _student(cfg, _cast(source.skeleton(), weights), like)
     loss, optimizer = build(cfg.loss), build(cfg.optimizer)
     for tensor in (*student.parameters(), *student.buffers()):
         live.count(tensor, "weights")
@@ -87,7 +89,7 @@ def estimate(
     if split.replicas > 1 and split.shards == 1:
         live.now["DDP's buckets"] = sum(map(_bytes, trained))
     if loss.needs_teacher:
-        live.now["teacher"] = _teacher_bytes(build(cfg.teacher), source.skeleton())
+        live.now["teacher"] = _teacher_bytes(build(cfg.teacher), _cast(source.skeleton(), weights))
     whole = dict(live.now)
     noised = _noised(latent, text, clips, has_condition=source.condition != "none")
     for parameter in trained:
@@ -198,6 +200,10 @@ def _divided(
     if split.shards > 1:
         parts["gathered blocks"] = 2 * block * (dtype.itemsize + 4) // 4  # of fp32 parameters
     return {**parts, "activations": other // split.sequence}
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return model if dtype == torch.float32 else model.to(dtype)
 
 
 def _block_bytes(model: nn.Module) -> list[int]:

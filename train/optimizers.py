@@ -28,7 +28,7 @@ class Numbers:
 
 
 class AdamW(Numbers):
-    """torch's AdamW (arXiv 1711.05101): two moments in fp32.
+    """torch's AdamW (arXiv 1711.05101): two moments of the weights' dtype.
 
     On a GPU it is the fused one, of the same formula: the others also hold the square roots of all
     second moments, 4 bytes a parameter, during the step.
@@ -44,7 +44,7 @@ class AdamW(Numbers):
 
     def state_bytes(self, parameter: Tensor) -> int:
         """Return what is kept for a parameter from step to step."""
-        return 2 * 4 * parameter.numel()
+        return 2 * parameter.element_size() * parameter.numel()
 
 
 class AdamW8bit(AdamW):
