@@ -286,12 +286,14 @@ def _steps(
         progress.step += 1
         if progress.ema:
             progress.update_ema(settings.ema)
+        density, seconds = mean_density(progress.student), time.monotonic() - start
         yield {
             "lr": lr,
-            "density": mean_density(progress.student),
+            "density": density,
             **measured,
-            "step_seconds": time.monotonic() - start,
+            "step_seconds": seconds,
             "data_seconds": waited,
+            "data_share": waited / seconds,
         }
 
 
