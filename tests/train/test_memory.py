@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gossamer.benchmarks.training_step import Step
 from gossamer.train.check import check
+from gossamer.train.cli import main
 from gossamer.train.config import compose
 from gossamer.train.live_bytes import LikeCuda, LiveBytes
 from gossamer.train.memory import Split, advice, estimate
@@ -236,3 +237,23 @@ def test_check_tells_the_memory_of_a_step(tmp_path: Any) -> None:
     where = [f"data.dir={tmp_path}/data", f"runs_dir={tmp_path}/runs", "device=cpu"]
     facts = check(compose(["recipe=demo", *where]))
     assert " GiB at the peak, in " in facts["memory"] and "activations" in facts["memory"]
+
+
+def test_running_out_of_memory_names_the_plan_and_three_settings(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(cfg: Any, stages: list[str]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a lot")
+
+    monkeypatch.setattr("gossamer.train.job.run", run)
+    where = [f"data.source={__file__}", f"data.dir={tmp_path}/data", f"runs_dir={tmp_path}/runs"]
+    monkeypatch.setattr("gossamer.train.check._check_data", lambda *_: None)
+    command = ["train", "recipe=demo", *where, "device=cpu"]
+    assert main(command) == 4
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "Tried to allocate 2 GiB; planned for a training step: " in said
+    assert said.endswith(
+        "try gradient_checkpointing=true, grad_accumulation=4, teacher=cached noise_draws=16"
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        main([*command, "debug=true"])
