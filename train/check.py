@@ -320,7 +320,7 @@ def _memory(
         split = Split(replicas=processes, shards=processes)
     clips = cfg.batch_size // cfg.grad_accumulation // processes
     try:
-        needed = estimate(cfg, latent, text, dtype=dtype, clips=clips, split=split)
+        needed = estimate(cfg, latent, text, dtype=dtype, clips=clips).divided(split)
     except ValueError as error:  # no GPU's kernel takes this method
         return f"not estimated: {error}"
     if device.type == "cuda":

@@ -7,7 +7,7 @@ context, memory that a kernel needs inside itself, fragmentation, torch.compile'
 
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -48,11 +48,33 @@ class Memory:
     """Bytes on one GPU at the peak of a step, by what they hold; `phase` is when that is."""
 
     phase: str
-    parts: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, int]
+    states: dict[str, int]  # what a process holds whole, whenever: all but activations
+    activations: int  # at their own peak
+    gathered: int  # for two blocks of sharded weights and gradients
 
     @property
     def total(self) -> int:
         return sum(self.parts.values())
+
+    def divided(self, split: Split) -> "Memory":
+        """Return what each process takes where they share a step.
+
+        FSDP2 holds two blocks whole, gathering the next while one computes, and reduces gradients
+        in fp32; DDP holds a copy of the gradients.
+        """
+        if split.shards == split.sequence == 1:
+            buckets = {"DDP's buckets": self.states["gradients"]} if split.replicas > 1 else {}
+            return replace(self, parts={**self.parts, **buckets})
+        whole = set() if split.teacher_sharded else {"teacher"}
+        parts = {
+            name: size // (1 if name in whole else split.shards)
+            for name, size in self.states.items()
+        }
+        if split.shards > 1:
+            parts["gathered blocks"] = self.gathered
+        parts["activations"] = self.activations // split.sequence
+        return replace(self, parts={**parts, "workspaces": _WORKSPACE})
 
     def __str__(self) -> str:
         parts = ", ".join(f"{n} {b / GIB:.1f}" for n, b in self.parts.items() if b >= GIB / 20)
@@ -66,7 +88,6 @@ def estimate(
     *,
     dtype: torch.dtype,
     clips: int,
-    split: Split | None = None,
     weights: torch.dtype = torch.float32,
 ) -> Memory:
     """Estimate a training step of `clips` latents [C, f, h, w] with text [L, dim] at once.
@@ -74,7 +95,6 @@ def estimate(
     `dtype` is that of mixed precision, fp32 for none; `weights` that of student and teacher.
     Kernels are a GPU's, whatever the machine.
     """
-    split = split or Split()
     source = build(cfg.model)
     live, like = LiveBytes("meta"), LikeCuda()
     student = _student(cfg, _cast(source.skeleton(), weights), like)
@@ -86,11 +106,9 @@ def estimate(
     if cfg.ema:
         live.now["average"] = sum(_bytes(p) for p in trained if p not in masks)
     live.now["optimizer"] = sum(optimizer.state_bytes(p) for p in trained)
-    if split.replicas > 1 and split.shards == 1:
-        live.now["DDP's buckets"] = sum(map(_bytes, trained))
     if loss.needs_teacher:
         live.now["teacher"] = _teacher_bytes(build(cfg.teacher), _cast(source.skeleton(), weights))
-    whole = dict(live.now)
+    states = {**live.now, "gradients": sum(map(_bytes, trained))}
     noised = _noised(latent, text, clips, has_condition=source.condition != "none")
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(
@@ -111,10 +129,14 @@ def estimate(
         live.phase = "the optimizer's step"
         nn.utils.clip_grad_norm_(trained, 1.0)
     parts = {name: size for name, size in live.peak.items() if size}
-    if split.shards > 1 or split.sequence > 1:
-        whole["gradients"] = sum(map(_bytes, trained))
-        parts = _divided(whole, live.most_other, max(_block_bytes(student)), dtype, split)
-    return Memory(live.peak_phase, {**parts, "workspaces": _WORKSPACE})
+    block = max(_block_bytes(student)) // weights.itemsize
+    return Memory(
+        live.peak_phase,
+        {**parts, "workspaces": _WORKSPACE},
+        {name: size for name, size in states.items() if size},
+        live.most_other,
+        2 * block * (dtype.itemsize + 4),
+    )
 
 
 def advice(cfg: DictConfig) -> str:
@@ -186,20 +208,6 @@ def _noised(
         index=[0] * clips,
         draw=[0] * clips,
     )
-
-
-def _divided(
-    whole: dict[str, int], other: int, block: int, dtype: torch.dtype, split: Split
-) -> dict[str, int]:
-    """Return the parts where processes share them: the states evenly, two blocks whole at a time.
-
-    FSDP2 gathers the next block while one computes, in `dtype`; its gradients are reduced in fp32.
-    """
-    kept = {"teacher"} if not split.teacher_sharded else set()
-    parts = {n: size // (1 if n in kept else split.shards) for n, size in whole.items() if size}
-    if split.shards > 1:
-        parts["gathered blocks"] = 2 * block * (dtype.itemsize + 4) // 4  # of fp32 parameters
-    return {**parts, "activations": other // split.sequence}
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

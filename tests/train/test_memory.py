@@ -116,11 +116,10 @@ def test_a_sparse_step_takes_at_most_5_percent_more_than_a_dense_one() -> None:
 
 
 def test_processes_share_the_states_and_gather_two_blocks() -> None:
+    whole = estimate(config(), LATENT, TEXT, dtype=torch.bfloat16, clips=1)
+
     def plan(**split: Any) -> dict[str, int]:
-        parts = estimate(
-            config(), LATENT, TEXT, dtype=torch.bfloat16, clips=1, split=Split(**split)
-        )
-        return parts.parts
+        return whole.divided(Split(**split)).parts
 
     one, eight = plan(), plan(replicas=8, shards=8)
     for name in ("weights", "optimizer"):
