@@ -5,9 +5,9 @@ import gc
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from gossamer.benchmarks.table import environment
 from gossamer.benchmarks.training_step import DENSE, LATENTS, Row, Step, config, measure
@@ -46,7 +46,7 @@ MEASURED = {
 }
 
 
-def plan(cfg: DictConfig, latent: tuple[int, ...]) -> Memory:
+def plan(cfg: Any, latent: tuple[int, ...]) -> Memory:
     return estimate(cfg, latent, TEXT, dtype=torch.bfloat16, clips=1)  # type: ignore[arg-type]
 
 
@@ -85,7 +85,7 @@ def compared(shape: str, latent: tuple[int, ...], only: str) -> str:
         cfg = config(*more, shape=shape)
         total = plan(cfg, latent).total
 
-        def make(cfg: DictConfig = cfg) -> Step:
+        def make(cfg: Any = cfg) -> Step:
             return Step(cfg, latent, TEXT, device)
 
         rows.append(measure(name, make, total, steps=2))

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from gossamer.benchmarks.table import environment
@@ -117,7 +116,7 @@ class Step:
 
     def __init__(
         self,
-        cfg: DictConfig,
+        cfg: Any,
         latent: tuple[int, ...],
         text: tuple[int, int],
         device: torch.device,
@@ -309,7 +308,7 @@ def markdown(rows: list[Row], header: dict[str, str], title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def config(*overrides: str, shape: str = "1.3b") -> DictConfig:
+def config(*overrides: str, shape: str = "1.3b") -> Any:
     """Return a run on a Wan of random weights; overrides come last."""
     return compose([*BASE, *SHAPES[shape], *overrides])
 
@@ -346,7 +345,7 @@ def main(arguments: list[str]) -> int:
         clips = cfg.batch_size // cfg.grad_accumulation
         planned = estimate(cfg, latent, text, dtype=dtype, clips=clips, weights=weights)  # type: ignore[arg-type]
 
-        def make(cfg: DictConfig = cfg) -> Step:
+        def make(cfg: Any = cfg) -> Step:
             return Step(cfg, latent, text, device, dtype=dtype, weights=weights)
 
         rows.append(measure(name, make, planned.total, options.steps, top_kernels=options.profile))
