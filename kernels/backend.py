@@ -8,15 +8,23 @@ import torch
 from torch import Tensor
 
 
+def stands_for_gpu(device: torch.device) -> bool:
+    """Return whether `auto` means a GPU's kernels: also for meta tensors, which only plan memory.
+
+    Operators on meta tensors run their fakes: shapes as on a GPU, and nothing is computed.
+    """
+    return device.type in ("cuda", "meta")
+
+
 def choose_backend(
     backend: str, device: torch.device, dtype: torch.dtype
 ) -> Literal["reference", "triton"]:
-    """Return the backend to run: `auto` is triton on CUDA and reference elsewhere.
+    """Return the backend to run: `auto` is triton on CUDA (and meta), reference elsewhere.
 
     A name never falls back: ValueError says why it cannot run on the device.
     """
     if backend == "auto":
-        backend = "triton" if device.type == "cuda" else "reference"
+        backend = "triton" if stands_for_gpu(device) else "reference"
     if backend == "triton":
         check_triton(device, dtype)
         return "triton"
@@ -37,6 +45,8 @@ def check_triton(device: torch.device, dtype: torch.dtype) -> None:
             "backend 'triton' needs the package triton, which is not installed; "
             "pip install 'triton>=3.6,<3.8' or use backend='reference'"
         ) from None
+    if device.type == "meta":
+        return
     if triton.knobs.runtime.interpret:
         if dtype == torch.bfloat16:
             raise ValueError(

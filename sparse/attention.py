@@ -138,10 +138,11 @@ class SparseAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, gate: Gate | None = None
     ) -> Tensor:
         """Return attention of q, k, v [B, H, S, D], in block order, under the mask."""
-        backend = backend_for(self.backend, q, mask.blocks)
-        if not torch.compiler.is_compiling():
+        blocks = mask.blocks
+        backend = backend_for(self.backend, q, blocks)
+        if not torch.compiler.is_compiling() and not q.is_meta:
             _say(backend, tuple(q.shape[1:]), q.dtype)
-        return self.compensation(q, k, v, mask.blocks, backend, gate)
+        return self.compensation(q, k, v, blocks, backend, gate)
 
     def _choose(
         self, q: Tensor, k: Tensor, v: Tensor, q_layout: BlockLayout, kv_layout: BlockLayout

@@ -9,7 +9,7 @@ from gossamer.kernels.block_gate.op import block_gate
 from gossamer.kernels.block_sparse_attention.op import block_sparse_attention
 from gossamer.kernels.blocks import Blocks
 from gossamer.kernels.compensated_attention.op import compensated_attention
-from gossamer.sparse.fp32 import Fp32Module
+from gossamer.sparse.fp32 import Fp32Module, no_autocast
 from gossamer.sparse.gates import Gate
 from gossamer.sparse.linear_branch import linear_complement
 
@@ -82,7 +82,7 @@ class Linear(Fp32Module):
         if gate is not None:
             left_out = left_out.scatter_add(-1, gate.column, -gate.value.to(left_out.dtype))
         linear = linear_complement(q, k, v, left_out, blocks)
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q):
             return out + (linear @ self.projection.to(linear.dtype)).to(out.dtype)
 
 

@@ -4,7 +4,13 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Self
 
+import torch
 from torch import Tensor, nn
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """Keep autocast away from x: a meta tensor's is planned with that of the CPU."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 class Fp32Module(nn.Module):

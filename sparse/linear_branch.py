@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gossamer.kernels.blocks import Blocks, block_of_token
+from gossamer.sparse.fp32 import no_autocast
 
 # Elements of the [Nq, D, D] sums held at once: 1 GiB of fp32.
 _MAX_ELEMENTS = 1 << 28
@@ -44,7 +45,7 @@ def _heads(
     sizes: tuple[int, int],
 ) -> Tensor:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         phi_q, phi_k, v = q.to(dtype).softmax(-1), k.to(dtype).softmax(-1), v.to(dtype)
         left_out = left_out.to(dtype)
         phi_q = _pad(phi_q, q_offsets, sizes[0])  # [B, H, Nq, m, D]

@@ -1,7 +1,6 @@
 """Block scores and the block mask that a policy makes of them."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 from torch import Tensor
 
@@ -47,9 +46,13 @@ class BlockMask:
         weight = self.q_layout.sizes.to(kept.dtype)
         return (kept * weight).sum(-1) / weight.sum(-1)
 
-    @cached_property
+    @property
     def blocks(self) -> Blocks:
-        """Return the index record that the kernels take."""
+        """Return the index record that the kernels take, made anew: of all masks it is the bulk.
+
+        A layer keeps its mask for the recompute of gradient checkpointing. Kept along, the lists
+        would take as much as a third of what checkpointing leaves (14B at 720p).
+        """
         return Blocks.from_selected(
             self.selected,
             self.q_layout.offsets,

@@ -25,6 +25,7 @@ from gossamer.train.data.shards import MANIFEST, Manifest
 from gossamer.train.data.store import mirror
 from gossamer.train.launch import Launch
 from gossamer.train.loop import TrainSettings
+from gossamer.train.memory import GIB, Split, advice, estimate
 from gossamer.train.model import ModelSource
 from gossamer.train.parallel import check_sequence
 from gossamer.train.quality import check_extra
@@ -37,17 +38,18 @@ log = logging.getLogger(__name__)
 
 def check(cfg: DictConfig) -> dict[str, Any]:
     """Refuse a run that cannot work and return the facts of one that can."""
-    facts = preflight(cfg, list(cfg.stages))
+    facts = preflight(cfg, list(cfg.stages), plan_memory=True)
     for name, value in facts.items():
         log.info("%-12s %s", name, f"{value:,}" if isinstance(value, int) else value)
     log.info("check passed")
     return facts
 
 
-def preflight(cfg: DictConfig, stages: list[str]) -> dict[str, Any]:
+def preflight(cfg: DictConfig, stages: list[str], *, plan_memory: bool = False) -> dict[str, Any]:
     """Check device, model, codec, text, data, grid, mask and backend of the stages that will run.
 
-    Returns what the run will be as readable facts; counts are ints.
+    Returns what the run will be as readable facts; counts are ints. `plan_memory` adds what a
+    training step takes on a GPU, which needs some seconds.
     """
     require_complete(cfg)
     device = check_device(cfg.device)
@@ -84,14 +86,24 @@ def preflight(cfg: DictConfig, stages: list[str]) -> dict[str, Any]:
         raise Refusal("repeat_seeds", list(cfg.repeat_seeds), f"other seeds than {cfg.seed}", fix)
     facts |= check_teacher(cfg, stages, model, latent)
     if "train" in stages:
+        build(cfg.optimizer).check()
         _check_sequence(cfg, model, grids, launch)
         facts["batch"] = _batch(cfg, launch)
+        if plan_memory:
+            facts["memory"] = _memory(cfg, latent, (text.length, text.dim), dtype, device, launch)
         facts["checkpoint"] = checkpoint_size(cfg, facts["trained"])
     if "encode" in stages and "source" in cfg.data:
         facts["clip"] = clip_size(cfg, latent, text)
     if "export" in stages:
         _check_export(source, text)
     return facts
+
+
+def say_out_of_memory(cfg: DictConfig, error: Exception) -> str:
+    """Say in one line what a step was planned to take, and three settings that take less."""
+    needed = preflight(cfg, ["train"], plan_memory=True)["memory"]
+    first = str(error).partition(". GPU")[0]
+    return f"{first}; planned for a training step: {needed}; try {advice(cfg)}"
 
 
 def is_sparse(cfg: DictConfig) -> bool:
@@ -368,6 +380,39 @@ def _batch(cfg: DictConfig, launch: Launch) -> str:
     shards = f"; weights in {launch.shard} shards" if launch.shard > 1 else ""
     split = f"processes {groups}{shared} x parts {parts} x {clips} at once"
     return f"{cfg.batch_size} clips = {split}{shards}"
+
+
+def _memory(
+    cfg: DictConfig,
+    latent: tuple[int, int, int, int],
+    text: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    launch: Launch,
+) -> str:
+    """Say what a training step takes on a GPU; warn where this one has less."""
+    split = Split(
+        replicas=launch.processes,
+        shards=launch.shard,
+        sequence=cfg.sequence_parallel,
+        teacher_sharded=launch.shard > 1,
+    )
+    groups = launch.processes // cfg.sequence_parallel
+    clips = cfg.batch_size // cfg.grad_accumulation // groups
+    try:
+        needed = estimate(cfg, latent, text, dtype=dtype, clips=clips).divided(split)
+    except ValueError as error:  # no GPU's kernel takes this method
+        return f"not estimated: {error}"
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+        if needed.total > there:
+            log.warning(
+                "a training step needs about %.1f GiB and the GPU has %.1f; try %s",
+                needed.total / GIB,
+                there / GIB,
+                advice(cfg),
+            )
+    return str(needed)
 
 
 def _check_export(source: ModelSource, text: TextEncoder) -> None:

@@ -30,6 +30,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 LOCK = "run.lock"
+_WAYS = ("foreach", "fused")
 _STEP = re.compile(r"step-(\d+)(\.old)?")
 _FILE = re.compile(r"\w[\w.-]*")
 
@@ -170,7 +171,8 @@ def optimizer_tensors(
                     tensors[f"{name}/{field}"] = value
                 else:
                     scalars.setdefault(name, {})[field] = value
-    return tensors, {"groups": groups, "scalars": scalars}
+    kind = type(optimizer).__name__
+    return tensors, {"kind": kind, "groups": groups, "scalars": scalars}
 
 
 def load_optimizer(
@@ -179,10 +181,14 @@ def load_optimizer(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> None:
-    """Restore bit for bit what `optimizer_tensors` gave; Refusal if the parameters differ.
+    """Restore bit for bit what `optimizer_tensors` gave; Refusal if parameters or optimizer differ.
 
-    Unlike Optimizer.load_state_dict it keeps each tensor's dtype.
+    Unlike Optimizer.load_state_dict it keeps each tensor's dtype. How the update is computed, fused
+    or not, is this machine's matter and stays as it is.
     """
+    kind, saved_kind = type(optimizer).__name__, state.get("kind", "AdamW")
+    if kind != saved_kind:
+        raise Refusal("optimizer", kind, f"{saved_kind}, of the checkpoint", "set the same one")
     params = dict(named_params)
     names = {param: name for name, param in params.items()}
     groups = optimizer.param_groups
@@ -195,6 +201,8 @@ def load_optimizer(
     on_device = set()
     for group, stored in zip(groups, state["groups"], strict=True):
         for key, value in stored["settings"].items():
+            if key in _WAYS:
+                continue
             if isinstance(group.get(key), Tensor):
                 group[key].fill_(value)
             else:

@@ -35,11 +35,14 @@ SWEEP = """\
   sweep.results=FILE.jsonl      keep a line for each finished run; runs in it are not done again
   sweep.keep_checkpoints=false  with results: delete those of finished runs
 """
-REFUSED, INTERRUPTED, TERMINATED = 2, 130, 143
+REFUSED, OUT_OF_MEMORY, INTERRUPTED, TERMINATED = 2, 4, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Run one verb and return the exit code.
+
+    2 for bad input, 4 where the GPU has too little memory, 130 for Ctrl-C, 143 for SIGTERM.
+    """
     arguments = ["--help" if a == "-h" else a for a in (sys.argv[1:] if argv is None else argv)]
     try:
         # The other processes of a run may wait in a collective, where no handler would run.
@@ -105,10 +108,20 @@ def _run(verb: str, overrides: list[str], *, only_show: bool) -> int:
         from gossamer.train.check import check
 
         check(cfg)
-    else:
-        from gossamer.train import job
+        return 0
+    from torch import OutOfMemoryError
 
+    from gossamer.train import job
+
+    try:
         job.run(cfg, stages=list(cfg.stages) if verb == "train" else [verb])
+    except OutOfMemoryError as error:
+        if cfg.debug:
+            raise
+        from gossamer.train.check import say_out_of_memory
+
+        sys.stderr.write(f"error: {say_out_of_memory(cfg, error)}\n")
+        return OUT_OF_MEMORY
     return 0
 
 

@@ -22,6 +22,7 @@ from gossamer.train.density_controller import DensityController
 from gossamer.train.distiller import Distiller
 from gossamer.train.interrupt import Stop, stoppable
 from gossamer.train.lora import base_of, check_base, trained_state
+from gossamer.train.optimizers import AdamW, Numbers
 from gossamer.train.parallel import Parallel
 from gossamer.train.processes import agreed
 from gossamer.train.refusal import Refusal
@@ -35,26 +36,19 @@ MAX_FAILED_SAVES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
+class TrainSettings(Numbers):
     """How long, how fast and how often; batch_size is the global batch of one optimizer step."""
 
     steps: int
     batch_size: int
     grad_accumulation: int = 1
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.01
-    warmup: int = 10
-    final_lr: float = 0.1  # share of lr left at the last step
-    clip: float = 1.0
-    mask_numbers: float = 100.0  # learning rate of a head's own mask numbers, in multiples of lr
-    mask_matrices: float = 10.0  # and of the matrices of its mask
     ema: float = 0.0
     num_workers: int = 0
     log_every: int = 1
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
     seed: int = 0
+    optimizer: AdamW = field(default_factory=AdamW)
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a step: linear warm-up, then cosine to final_lr * lr."""
@@ -182,7 +176,7 @@ def train(
     parallel = parallel or Parallel(accelerator)
     micro_batch = settings.micro_batch(parallel.data_processes)
     student = parallel.place(distiller.student).train()
-    optimizer = torch.optim.AdamW(parameter_groups(student, settings), betas=settings.betas)
+    optimizer = settings.optimizer.make(parameter_groups(student, settings))
     controller = DensityController(student, density, accelerator, parallel.sequence)
     progress = Progress(student, optimizer, controller)
     if settings.ema:
@@ -320,12 +314,14 @@ def _steps(
         progress.step += 1
         if progress.ema:
             progress.update_ema(settings.ema)
+        density, seconds = mean_density(progress.student), time.monotonic() - start
         yield {
             "lr": lr,
             "density": density,
             **measured,
-            "step_seconds": time.monotonic() - start,
+            "step_seconds": seconds,
             "data_seconds": waited,
+            "data_share": waited / seconds,
             **_memory(accelerator.device),
         }
 
@@ -338,7 +334,7 @@ def _memory(device: torch.device) -> dict[str, float]:
 
 
 def parameter_groups(student: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
-    """Return AdamW's groups: the model's weights, and the mask parameters without decay."""
+    """Return the optimizer's groups: the model's weights, and the mask parameters without decay."""
     masks = [p for p in mask_parameters(student).values() if p.requires_grad]
     groups = [
         {

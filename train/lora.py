@@ -51,19 +51,25 @@ def add_adapters(model: nn.Module, options: DictConfig, seed: int) -> None:
 
     Adapters and mask parameters stay trainable.
     """
+    weights = digest(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        insert_adapters(model, options)
+    model.__dict__[_BASE] = weights
+
+
+def insert_adapters(model: nn.Module, options: DictConfig) -> None:
+    """Do what `add_adapters` does, also to one without weights; unseeded."""
     try:
         from peft import LoraConfig
     except ImportError as error:  # missing, or too old for the transformers that is there
         raise _refuse_peft(options.rank) from error
-    model.__dict__[_BASE] = digest(model)
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.rank if options.alpha is None else options.alpha,
         target_modules=list(adapted_layers(model, options.layers)),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model.add_adapter(config, adapter_name=ADAPTER)
+    model.add_adapter(config, adapter_name=ADAPTER)
     for attention in attentions(model).values():
         attention.requires_grad_(True)
 

@@ -98,7 +98,7 @@ class ScratchWan:
         condition: Condition = "none",
     ) -> None:
         self.condition = _known_condition(condition)
-        # freq_dim 128 and 64 rotary positions are enough for teachers of this size
+        # freq_dim 128 is enough for teachers of this size, 128 rotary positions for 720p
         self._config = {
             "num_attention_heads": num_heads,
             "attention_head_dim": head_dim,
@@ -108,7 +108,7 @@ class ScratchWan:
             "freq_dim": 128,
             "ffn_dim": ffn_dim,
             "num_layers": num_layers,
-            "rope_max_seq_len": 64,
+            "rope_max_seq_len": 128,
         }
 
     def skeleton(self) -> nn.Module:

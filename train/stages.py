@@ -1,7 +1,7 @@
 """The stages up to a trained student: encode, calibrate, train."""
 
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -103,8 +103,7 @@ def _is_calibrated(job: "Job") -> bool:
 
 def train_stage(job: "Job") -> None:
     """Train a student for each seed, each from its newest checkpoint."""
-    options = OmegaConf.to_container(job.cfg.optimizer, resolve=True)
-    assert isinstance(options, dict)
+    optimizer = build(job.cfg.optimizer)
     names = (
         "steps",
         "batch_size",
@@ -123,7 +122,8 @@ def train_stage(job: "Job") -> None:
     for seed in job.seeds:
         settings = loop.TrainSettings(
             seed=seed,
-            **options,  # type: ignore[arg-type]
+            optimizer=optimizer,
+            **asdict(optimizer),
             **{name: job.cfg[name] for name in names},
         )
         folder = job.seed_dir(seed)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..backend import check_triton
+from ..backend import check_triton, stands_for_gpu
 from ..blocks import Blocks
 from ..check import check_attention
 
@@ -162,7 +162,7 @@ def choose_backend(
             f"dtype must be float32, float16, bfloat16 or float64 ('reference' only), got {dtype}; "
             "convert q, k and v"
         )
-    if backend == "auto" and device.type != "cuda":
+    if backend == "auto" and not stands_for_gpu(device):
         return "reference"
     if backend in ("auto", "hopper"):
         why_not = _why_not_hopper(head_dim, dtype, device, sizes, is_uniform)

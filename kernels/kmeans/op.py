@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backend import check_triton
+from ..backend import check_triton, stands_for_gpu
 from ..cluster_order import per_group, sort_points
 
 BACKENDS = ("reference", "triton")
@@ -129,7 +129,7 @@ def _choose_backend(backend: str, x: Tensor) -> str:
         )
     fits = x.dtype in _TRITON_DTYPES and x.shape[3] <= _TRITON_MAX_DIM
     if backend == "auto":
-        backend = "triton" if x.device.type == "cuda" and fits else "reference"
+        backend = "triton" if stands_for_gpu(x.device) and fits else "reference"
     if backend == "triton":
         if not fits:
             raise ValueError(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backend import check_triton
+from ..backend import check_triton, stands_for_gpu
 
 BACKENDS = ("reference", "triton")
 _MAX_TENSORS = 3
@@ -71,7 +71,7 @@ def _choose_backend(backend: str, tensors: Sequence[Tensor]) -> str:
         )
     fits = all(x.element_size() in (2, 4) for x in tensors)
     if backend == "auto":
-        backend = "triton" if tensors[0].device.type == "cuda" and fits else "reference"
+        backend = "triton" if stands_for_gpu(tensors[0].device) and fits else "reference"
     if backend == "triton":
         if not fits:
             raise ValueError(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gossamer.kernels.block_pool.op import block_mean, block_mean_pair
 from gossamer.kernels.block_score.op import block_score
-from gossamer.sparse.fp32 import Fp32Module
+from gossamer.sparse.fp32 import Fp32Module, no_autocast
 from gossamer.sparse.gates import Band, of_column
 from gossamer.sparse.layout import BlockLayout
 from gossamer.sparse.mask import BlockMask, BlockScores
@@ -66,7 +66,7 @@ class Router(Fp32Module):
         batch = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
         head = torch.arange(q.shape[1], device=q.device)[:, None, None]
         near = k_mean[batch, head, band.column]  # [B, H, Nq, 2 M, D]
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q):
             logit = (near @ q_mean[..., None])[..., 0] * q.shape[-1] ** -0.5
         with torch.no_grad():
             log_size = of_column(mask.kv_layout.sizes.float().log(), band.column)
@@ -80,7 +80,7 @@ class Router(Fp32Module):
     def _project(self, q_mean: Tensor, k_mean: Tensor) -> tuple[Tensor, Tensor]:
         if self.q_change is None or self.k_change is None:
             return q_mean, k_mean
-        with torch.autocast(q_mean.device.type, enabled=False):
+        with no_autocast(q_mean):
             q_more = q_mean @ self.q_change.to(q_mean.dtype)
             k_more = k_mean @ self.k_change.to(k_mean.dtype)
         return q_mean + q_more, k_mean + k_more

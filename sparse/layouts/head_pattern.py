@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gossamer.kernels.block_pool.op import block_mean
 from gossamer.sparse import orders
+from gossamer.sparse.fp32 import no_autocast
 from gossamer.sparse.layout import BlockLayout, TokenGrid, check_grid, positive
 from gossamer.sparse.layouts.per_head import RunsPerHead
 
@@ -122,7 +123,7 @@ class HeadPattern:
         dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32  # fp16 may overflow
         # Products of few rows and many keys are slow unless the keys come in parts.
         parts = probe.visible.shape[1]
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q):
             rows = q[:, :, probe.row, None].movedim(3, 2).to(dtype)  # [B, H, 1, R, D]
             key, value = (x.to(dtype).unflatten(2, (parts, -1)) for x in (k, v))
             logits = (rows @ key.mT).float() * q.shape[-1] ** -0.5  # [B, H, parts, R, S / parts]

@@ -141,7 +141,7 @@ def test_a_broken_recipe_is_refused(tmp_path: Path, text: str, said: str) -> Non
         ("optimizer.lr=nan", "above 0"),
         ("optimizer.lr=-1", "above 0"),
         ("optimizer.lr=inf", "above 0"),
-        ("optimizer=adam", "optimizer.KEY=value"),
+        ("optimizer=adam", "did you mean adamw?"),
         ("optimizer.betas=[0.9]", "two numbers"),
         ("evaluation.noise_levels=[]", "(0, 1]"),
         ("evaluation.noise_levels=[a]", "a number"),

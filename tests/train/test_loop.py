@@ -1,6 +1,8 @@
 """The training loop: one optimizer step is the same however its batch is split or recomputed."""
 
+import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +165,31 @@ def test_the_density_of_the_metrics_is_that_of_the_masks(make_job: Any, tmp_path
     shares = [a.mask.selected.double().mean() for a in attentions(progress.student).values()]
     assert loop.mean_density(progress.student) == pytest.approx(float(torch.stack(shares).mean()))
     assert math.isclose(loop.mean_density(make_job().dense()), 1)
+
+
+def test_the_metrics_tell_the_share_of_a_step_that_waits_for_data(
+    make_job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job()
+    quick = job.dataset("train")
+    train(job, tmp_path / "quick", steps=2)
+
+    class Slow:
+        def __len__(self) -> int:
+            return len(quick)
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            time.sleep(0.25)  # 4 clips: a second a step
+            return quick[index]
+
+    monkeypatch.setattr(job, "dataset", lambda split: Slow())
+    train(job, tmp_path / "slow", steps=2)
+    rows = {
+        name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("quick", "slow")
+    }
+    for row in rows["quick"] + rows["slow"]:
+        assert row["data_share"] == pytest.approx(row["data_seconds"] / row["step_seconds"])
+    slow = rows["slow"][1]
+    assert slow["data_seconds"] >= 1 and slow["data_share"] > 0.5  # sleeping waits, at any load
+    assert rows["quick"][1]["data_seconds"] < 1

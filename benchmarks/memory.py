@@ -1,0 +1,130 @@
+"""Tables of a training step's memory: planned for any machine, and on a GPU beside what it took."""
+
+import argparse
+import gc
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gossamer.benchmarks.table import environment
+from gossamer.benchmarks.training_step import DENSE, LATENTS, Row, Step, config, measure
+from gossamer.train.files import write_atomic
+from gossamer.train.memory import GIB, Memory, Split, estimate
+
+TEXT = (512, 4096)
+GPUS = 8
+CACHED = ["teacher=cached", "noise_draws=16"]
+ROWS = {
+    "dense fine-tuning": DENSE,
+    "sparse, frozen teacher": [],
+    "sparse, offloaded teacher": ["teacher=offloaded"],
+    "sparse, cached velocities": CACHED,
+    "the same, averaged weights": [*CACHED, "ema=0.999"],
+    "the same, 8-bit AdamW": [*CACHED, "optimizer=adamw_8bit"],
+    "sparse, LoRA 64, shared teacher": ["lora.rank=64", "teacher=shared"],
+    "dense fine-tuning, no checkpointing": [*DENSE, "gradient_checkpointing=false"],
+    "sparse, cached velocities, no checkpointing": [*CACHED, "gradient_checkpointing=false"],
+}
+MEASURED = {
+    "dense fine-tuning": DENSE,
+    "sparse, frozen teacher": [],
+    "sparse, frozen teacher, average": ["ema=0.999"],
+    "sparse, cached velocities": CACHED,
+    "sparse, tiles of 4 x 4 x 4, centroids": [
+        "layout=tiles",
+        "layout.block=[4,4,4]",
+        "compensation=centroid",
+        *CACHED,
+    ],
+    "sparse, sorted clusters": ["layout=sorted_clusters", *CACHED],
+    "sparse, offloaded teacher": ["teacher=offloaded"],
+    "sparse, LoRA 64, shared teacher": ["lora.rank=64", "teacher=shared"],
+    "sparse, 8-bit AdamW": [*CACHED, "optimizer=adamw_8bit"],
+}
+
+
+def plan(cfg: Any, latent: tuple[int, ...]) -> Memory:
+    return estimate(cfg, latent, TEXT, dtype=torch.bfloat16, clips=1)  # type: ignore[arg-type]
+
+
+def planned() -> str:
+    """Return tables of both models and sizes, one clip at a time."""
+    lines = []
+    sharded = Split(replicas=GPUS, shards=GPUS, teacher_sharded=True)
+    for shape in ("1.3b", "14b"):
+        for size, latent in LATENTS.items():
+            tokens = latent[1] * latent[2] * latent[3] // 4
+            lines += [
+                f"### {shape.upper()}, {size}: {tokens:,} tokens",
+                "",
+                f"| GiB | one GPU | each of {GPUS}, FSDP2 | parts on one GPU |",
+                "|---|---|---|---|",
+            ]
+            for name, more in ROWS.items():
+                one = plan(config(*more, shape=shape), latent)
+                parts = {n: b / GIB for n, b in one.parts.items() if b >= GIB / 10}
+                said = ", ".join(f"{n} {gib:.1f}" for n, gib in parts.items())
+                shared = f"{one.divided(sharded).total / GIB:.0f}"
+                shared = "-" if "8-bit" in name else shared  # whose state cannot be sharded
+                lines.append(f"| {name} | {one.total / GIB:.0f} | {shared} | {said} |")
+                sys.stderr.write(f"{shape} {size} {lines[-1]}\n")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def compared(shape: str, latent: tuple[int, ...], only: str) -> str:
+    """Return a table of what steps took on this GPU beside what was planned."""
+    device = torch.device("cuda")
+    rows = []
+    for name, more in MEASURED.items():
+        if only not in name:
+            continue
+        cfg = config(*more, shape=shape)
+        total = plan(cfg, latent).total
+
+        def make(cfg: Any = cfg) -> Step:
+            return Step(cfg, latent, TEXT, device)
+
+        rows.append(measure(name, make, total, steps=2))
+        gc.collect()
+        torch.cuda.empty_cache()
+        sys.stderr.write(f"{_line(rows[-1])}\n")
+    lines = ["| step | measured GiB | planned GiB | off by |", "|---|---|---|---|"]
+    return "\n".join([*lines, *map(_line, rows)]) + "\n"
+
+
+def _line(row: Row) -> str:
+    if row.reason:
+        return f"| {row.variant} | {row.reason} | {row.estimated / GIB:.1f} | - |"
+    off = row.estimated / row.peak - 1
+    return f"| {row.variant} | {row.peak / GIB:.1f} | {row.estimated / GIB:.1f} | {off:+.1%} |"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measure", action="store_true", help="take steps on this GPU")
+    parser.add_argument("--latent", choices=LATENTS, default="480p", help="of what is measured")
+    parser.add_argument("--only", default="", help="measure what has this in its name")
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--out", type=Path, default=Path("runs/memory.md"))
+    options = parser.parse_args(arguments)
+    command = shlex.join(["python", "-m", "gossamer.benchmarks.memory", *arguments])
+    header = environment(command, options.commit)
+    said = ", ".join(f"{key} {value}" for key, value in header.items() if key != "command")
+    if options.measure:
+        title = f"# Memory of a step, 1.3B at {options.latent}: measured and planned"
+        body = compared("1.3b", LATENTS[options.latent], options.only)
+    else:
+        title, body = "# Memory of a step: planned, not measured", planned()
+    text = f"{title}\n\n{said}. Command: `{command}`.\n\n{body}"
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(options.out, text)
+    sys.stdout.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,365 @@
+"""Times the parts of a training step, dense and sparse, on a Wan of the size asked for.
+
+Three steps: dense fine-tuning (flow matching), sparse distillation from a frozen teacher, and the
+same from cached velocities. The objects are those of a run; weights and latents are random, which
+changes no time: the masks keep a fixed share of blocks.
+"""
+
+import argparse
+import gc
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.benchmarks.table import environment
+from gossamer.sparse.attach import attach, method_from_spec
+from gossamer.train.config import build, compose
+from gossamer.train.distiller import Distiller
+from gossamer.train.draws import Draws, Noised
+from gossamer.train.files import write_atomic
+from gossamer.train.loop import Progress, TrainSettings, mean_density, parameter_groups
+from gossamer.train.lora import add_adapters
+from gossamer.train.memory import GIB, estimate
+from gossamer.train.teacher import Cached, Frozen, Offloaded, Shared
+
+SHAPES = {
+    "1.3b": ["model.num_layers=30", "model.num_heads=12", "model.ffn_dim=8960"],
+    "14b": ["model.num_layers=40", "model.num_heads=40", "model.ffn_dim=13824"],
+}
+LATENTS = {"480p": (16, 21, 60, 104), "720p": (16, 21, 90, 160)}  # of 81 frames
+BASE = [
+    "model=scratch_wan",
+    "model.head_dim=128",
+    "model.channels=16",
+    "model.text_dim=4096",
+    "layout=row_major",
+    "compensation=drop",
+    "sparsity=0.95",
+    "policy.k=0.05",
+    "policy.p=0.0",
+    "batch_size=1",
+    "gradient_checkpointing=true",
+]
+DENSE = ["loss=flow_matching", "sparsity=0.0"]
+VARIANTS = {
+    "dense fine-tuning": DENSE,
+    "sparse, frozen teacher": [],
+    "sparse, cached velocities": ["teacher=cached", "noise_draws=1"],
+}
+PARTS = ("noise", "teacher", "forward", "backward", "optimizer", "average")
+STUDENT = ("forward", "backward", "optimizer")
+_WARM_UP = 2
+
+
+class Marks:
+    """Times the spans between marks, with events on a GPU and the clock elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    def __call__(self, name: str) -> None:
+        """End the span called `name`."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((name, event))
+        else:
+            self._marks.append((name, time.perf_counter()))
+
+    def take(self) -> dict[str, float]:
+        """Return the spans in ms, and forget them."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        found: dict[str, float] = {}
+        for (_, start), (name, end) in zip(self._marks, self._marks[1:], strict=False):
+            span = start.elapsed_time(end) if self._on_gpu else 1000 * (end - start)
+            found[name] = found.get(name, 0.0) + span
+        self._marks.clear()
+        return found
+
+
+class _Timed:
+    """A teacher whose velocity is a span of its own."""
+
+    def __init__(self, teacher: Any, marks: Marks) -> None:
+        self._teacher, self._marks = teacher, marks
+
+    def velocity(self, student: nn.Module, noised: Noised) -> Tensor:
+        self._marks("noise")
+        velocity: Tensor = self._teacher.velocity(student, noised)
+        self._marks("teacher")
+        return velocity
+
+
+class _Recalled:
+    """A velocity from the host's memory, in bf16, as the cache gives it."""
+
+    def __init__(self, latent: tuple[int, ...], clips: int) -> None:
+        self._velocity = torch.randn(clips, *latent).bfloat16()
+
+    def velocity(self, student: nn.Module, noised: Noised) -> Tensor:
+        return self._velocity.float().to(noised.x.device)
+
+
+class Step:
+    """One training step of a config, as the loop does it, on random weights and one batch."""
+
+    def __init__(
+        self,
+        cfg: Any,
+        latent: tuple[int, ...],
+        text: tuple[int, int],
+        device: torch.device,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        weights: torch.dtype = torch.float32,
+    ) -> None:
+        self.cfg, self.device, self.dtype = cfg, device, dtype
+        self.marks = Marks(device)
+        clips = cfg.batch_size // cfg.grad_accumulation
+        source = build(cfg.model)
+        student = source.load(0)
+        names = ("layout", "estimator", "policy", "compensation", "backend")
+        spec = {name: cfg[name] for name in names}
+        attach(student, method_from_spec(spec) if cfg.sparsity else None)
+        if cfg.gradient_checkpointing:
+            student.enable_gradient_checkpointing()
+        student.requires_grad_(True)
+        if cfg.lora.rank:
+            add_adapters(student, cfg.lora, 0)
+        _cast(student, weights).to(device).train()
+        if cfg.compile:
+            for block in student.blocks:
+                block.compile()
+        loss = build(cfg.loss)
+        teacher = self._teacher(source, latent, clips, weights) if loss.needs_teacher else None
+        self.distiller = Distiller(
+            student,
+            None if teacher is None else _Timed(teacher, self.marks),  # type: ignore[arg-type]
+            loss,
+            Draws(levels=build(cfg.noise)),
+        )
+        groups = parameter_groups(student, TrainSettings(steps=1, batch_size=1))
+        optimizer = build(cfg.optimizer).make(groups)
+        self.progress = Progress(student, optimizer, controller=None)  # type: ignore[arg-type]
+        if cfg.ema:
+            self.progress.start_ema()
+        self.batch = {
+            "latent": torch.randn(clips, *latent, device=device),
+            "text": torch.randn(clips, *text, device=device),
+            "index": torch.arange(clips),
+            "position": torch.arange(clips),
+        }
+
+    def _teacher(
+        self, source: Any, latent: tuple[int, ...], clips: int, weights: torch.dtype
+    ) -> Any:
+        teacher = build(self.cfg.teacher)
+
+        class Stub:  # of the job that starts a teacher
+            device = self.device
+            parallel = SimpleNamespace(place=lambda model: model.to(self.device))
+
+            def dense_on_cpu(self) -> nn.Module:
+                model: nn.Module = attach(source.load(0), None)
+                return _cast(model.requires_grad_(False).eval(), weights)
+
+            def dense(self) -> nn.Module:
+                return self.dense_on_cpu().to(self.device)
+
+            def guided(self, model: nn.Module) -> nn.Module:
+                return model
+
+        if isinstance(teacher, Cached):
+            return _Recalled(latent, clips)
+        assert isinstance(teacher, Frozen | Offloaded | Shared), teacher
+        teacher.start(Stub())  # type: ignore[arg-type]
+        return teacher
+
+    def __call__(self) -> None:
+        """Do the step: forward, backward, clipping and optimizer, average."""
+        progress, cfg = self.progress, self.cfg
+        self.marks("start")
+        for _ in range(cfg.grad_accumulation):
+            enabled = self.dtype != torch.float32
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
+                losses = self.distiller(self.batch)
+            self.marks("forward")
+            (torch.stack(list(losses.values())).sum() / cfg.grad_accumulation).backward()
+            self.marks("backward")
+        trained = list(progress.named_parameters().values())
+        nn.utils.clip_grad_norm_(trained, cfg.optimizer.clip)
+        progress.optimizer.step()
+        progress.optimizer.zero_grad(set_to_none=True)
+        self.marks("optimizer")
+        if progress.ema:
+            progress.update_ema(cfg.ema)
+        self.marks("average")
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return model if dtype == torch.float32 else model.to(dtype)  # diffusers warns of any cast
+
+
+@dataclass
+class Row:
+    """What one variant took: medians in ms, and bytes at the peak."""
+
+    variant: str
+    density: float
+    ms: dict[str, float]
+    peak: int
+    estimated: int
+    reason: str = ""
+    kernels: list[tuple[str, float, int]] = field(default_factory=list)  # name, ms, calls
+
+    @property
+    def total(self) -> float:
+        return sum(self.ms.values())
+
+    @property
+    def student(self) -> float:
+        return sum(self.ms.get(part, 0.0) for part in STUDENT)
+
+
+def measure(
+    name: str,
+    make: Callable[[], Step],
+    estimated: int,
+    steps: int,
+    *,
+    top_kernels: bool = False,
+) -> Row:
+    """Time `steps` steps after two that warm up; one that runs out of memory is a row as well."""
+    try:
+        step = make()
+        on_gpu = step.device.type == "cuda"
+        for _ in range(_WARM_UP):
+            step()
+            step.marks.take()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        spans = []
+        for _ in range(steps):
+            step()
+            spans.append(step.marks.take())
+        peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+        ms = {part: statistics.median(s[part] for s in spans) for part in PARTS if part in spans[0]}
+        density = mean_density(step.progress.student)
+        return Row(name, density, ms, peak, estimated, kernels=kernels(step) if top_kernels else [])
+    except torch.OutOfMemoryError as error:
+        return Row(name, 0.0, {}, 0, estimated, reason=str(error).partition(".")[0])
+
+
+def kernels(step: Step, count: int = 25) -> list[tuple[str, float, int]]:
+    """Return the kernels that a step spends most time in: name, ms, calls."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+        step()
+        step.marks.take()
+    on_gpu = step.device.type == "cuda"
+    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = [e for e in record.key_averages() if not on_gpu or e.device_type.name == "CUDA"]
+    events.sort(key=lambda e: getattr(e, own), reverse=True)
+    return [(e.key[:100], getattr(e, own) / 1000, e.count) for e in events[:count]]
+
+
+def markdown(rows: list[Row], header: dict[str, str], title: str) -> str:
+    """Return the table of parts and the ratios to the first row."""
+    dense = rows[0]
+    said = ", ".join(f"{key} {value}" for key, value in header.items() if key != "command")
+    columns = ["step", "density", *PARTS, "total", "x dense: student, total"]
+    columns += ["peak GiB", "estimate", "off by"]
+    lines = [
+        "# A training step",
+        "",
+        f"{said}. Command: `{header['command']}`.",
+        "",
+        f"{title} Medians in ms. Student: {', '.join(STUDENT)}.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|" + "---|" * len(columns),
+    ]
+    for row in rows:
+        if row.reason:
+            lines.append(f"| {row.variant} | {row.reason} |")
+            continue
+        cells = [row.variant, f"{row.density:.3f}"]
+        cells += [f"{row.ms[part]:.0f}" if part in row.ms else "-" for part in PARTS]
+        ratios = (dense.student / row.student, dense.total / row.total)
+        cells += [f"{row.total:.0f}", ", ".join(f"{ratio:.2f}" for ratio in ratios)]
+        off = f"{row.estimated / row.peak - 1:+.1%}" if row.peak else "-"
+        cells += [f"{row.peak / GIB:.1f}", f"{row.estimated / GIB:.1f}", off]
+        lines.append(f"| {' | '.join(cells)} |")
+    for row in (row for row in rows if row.kernels):
+        lines += ["", f"## {row.variant}", "", "| kernel | ms | calls |", "|---|---|---|"]
+        lines += [f"| `{name}` | {ms:.2f} | {calls} |" for name, ms, calls in row.kernels]
+    return "\n".join(lines) + "\n"
+
+
+def config(*overrides: str, shape: str = "1.3b") -> Any:
+    """Return a run on a Wan of random weights; overrides come last."""
+    return compose([*BASE, *SHAPES[shape], *overrides])
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="1.3b")
+    parser.add_argument("--latent", default="480p", help=f"{', '.join(LATENTS)} or CxFxHxW")
+    parser.add_argument("--text", type=int, default=512, help="text tokens")
+    parser.add_argument("--weights", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--only", help="variants that have this in their name; dense first")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="add the kernels of most time")
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--out", type=Path, default=Path("runs/training-step"))
+    parser.add_argument("overrides", nargs="*", help="key=value, as of gossamer train")
+    options = parser.parse_args(arguments)
+    latent = LATENTS.get(options.latent) or tuple(map(int, options.latent.split("x")))
+    text = (options.text, int(config(*options.overrides, shape=options.shape).model.text_dim))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    weights = torch.bfloat16 if options.weights == "bf16" else torch.float32
+    command = shlex.join(["python", "-m", "gossamer.benchmarks.training_step", *arguments])
+    header = environment(command, options.commit)
+    tokens = latent[1] * latent[2] * latent[3] // 4
+    precision = f"{str(dtype)[6:]} autocast, {options.weights} weights"
+    title = f"Wan {options.shape}, {tokens:,} tokens, {precision}, {' '.join(options.overrides)}"
+    rows: list[Row] = []
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, more in VARIANTS.items():
+        if options.only and options.only not in name:
+            continue
+        cfg = config(*options.overrides, *more, shape=options.shape)
+        clips = cfg.batch_size // cfg.grad_accumulation
+        planned = estimate(cfg, latent, text, dtype=dtype, clips=clips, weights=weights)  # type: ignore[arg-type]
+
+        def make(cfg: Any = cfg) -> Step:
+            return Step(cfg, latent, text, device, dtype=dtype, weights=weights)
+
+        rows.append(measure(name, make, planned.total, options.steps, top_kernels=options.profile))
+        gc.collect()  # the step's hooks are cycles
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        table = markdown(rows, header, f"{title}.")
+        write_atomic(options.out / "training_step.md", table)
+        found = {"header": header, "title": title, "rows": [asdict(row) for row in rows]}
+        write_atomic(options.out / "training_step.json", json.dumps(found, indent=1) + "\n")
+    sys.stdout.write(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,225 @@
+"""What a training step takes on one GPU, counted on tensors without data before any weight is read.
+
+The run's own code takes the step on the meta device: the student with its attention, the teacher,
+the loss, gradient checkpointing. So the count follows the code. What it does not see: the CUDA
+context, memory that a kernel needs inside itself, fragmentation, torch.compile's savings.
+"""
+
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gossamer.sparse.attach import attach, family_of, mask_parameters, method_from_spec
+from gossamer.train.config import build
+from gossamer.train.distiller import Distiller
+from gossamer.train.draws import Noised
+from gossamer.train.live_bytes import LikeCuda, LiveBytes
+from gossamer.train.lora import insert_adapters
+from gossamer.train.refusal import Refusal
+from gossamer.train.teacher import Cached, Frozen, Offloaded, Shared
+
+META = torch.device("meta")
+GIB = 2**30
+_WORKSPACE = 64 << 20  # cuBLAS: 32 MiB each for forward and backward, on an H100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """How processes share a step. Each number divides: replicas the batch alone, others memory.
+
+    shards: weights, gradients, optimizer and average (FSDP2); sequence: the tokens (Ulysses).
+    """
+
+    replicas: int = 1
+    shards: int = 1
+    sequence: int = 1
+    teacher_sharded: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the peak of a step, by what they hold; `phase` is when that is."""
+
+    phase: str
+    parts: dict[str, int]
+    states: dict[str, int]  # what a process holds whole, whenever: all but activations
+    activations: int  # at their own peak
+    gathered: int  # for two blocks of sharded weights and gradients
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def divided(self, split: Split) -> "Memory":
+        """Return what each process takes where they share a step.
+
+        FSDP2 holds two blocks whole, gathering the next while one computes, and reduces gradients
+        in fp32; DDP holds a copy of the gradients.
+        """
+        if split.shards == split.sequence == 1:
+            buckets = {"DDP's buckets": self.states["gradients"]} if split.replicas > 1 else {}
+            return replace(self, parts={**self.parts, **buckets})
+        whole = set() if split.teacher_sharded else {"teacher"}
+        parts = {
+            name: size // (1 if name in whole else split.shards)
+            for name, size in self.states.items()
+        }
+        if split.shards > 1:
+            parts["gathered blocks"] = self.gathered
+        parts["activations"] = self.activations // split.sequence
+        return replace(self, parts={**parts, "workspaces": _WORKSPACE})
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{n} {b / GIB:.1f}" for n, b in self.parts.items() if b >= GIB / 20)
+        return f"{self.total / GIB:.1f} GiB at the peak, in {self.phase}: {parts}"
+
+
+def estimate(
+    cfg: DictConfig,
+    latent: tuple[int, int, int, int],
+    text: tuple[int, int],
+    *,
+    dtype: torch.dtype,
+    clips: int,
+    weights: torch.dtype = torch.float32,
+) -> Memory:
+    """Estimate a training step of `clips` latents [C, f, h, w] with text [L, dim] at once.
+
+    `dtype` is that of mixed precision, fp32 for none; `weights` that of student and teacher.
+    Kernels are a GPU's, whatever the machine.
+    """
+    source = build(cfg.model)
+    live, like = LiveBytes("meta"), LikeCuda()
+    student = _student(cfg, _cast(source.skeleton(), weights), like)
+    loss, optimizer = build(cfg.loss), build(cfg.optimizer)
+    for tensor in (*student.parameters(), *student.buffers()):
+        live.count(tensor, "weights")
+    trained = [p for p in student.parameters() if p.requires_grad]
+    masks = set(mask_parameters(student).values())
+    if cfg.ema:
+        live.now["average"] = sum(_bytes(p) for p in trained if p not in masks)
+    live.now["optimizer"] = sum(optimizer.state_bytes(p) for p in trained)
+    if loss.needs_teacher:
+        live.now["teacher"] = _teacher_bytes(build(cfg.teacher), _cast(source.skeleton(), weights))
+    states = {**live.now, "gradients": sum(map(_bytes, trained))}
+    noised = _noised(latent, text, clips, has_condition=source.condition != "none")
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(
+            lambda p: live.count(p.grad, "gradients") if p.grad is not None else None
+        )
+    with warnings.catch_warnings(action="ignore"), live, like:
+        if cfg.grad_accumulation > 1:  # an earlier part's are there
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+                live.count(parameter.grad, "gradients")
+        distiller = Distiller(student, _Given(), loss, lambda batch: noised)  # type: ignore[arg-type]
+        live.phase = "forward"
+        with like.autocast(dtype):
+            losses = distiller({})
+        live.phase = "backward"
+        torch.stack(list(losses.values())).sum().backward()
+        del losses
+        live.phase = "the optimizer's step"
+        nn.utils.clip_grad_norm_(trained, 1.0)
+    parts = {name: size for name, size in live.peak.items() if size}
+    block = max(_block_bytes(student)) // weights.itemsize
+    return Memory(
+        live.peak_phase,
+        {**parts, "workspaces": _WORKSPACE},
+        {name: size for name, size in states.items() if size},
+        live.most_other,
+        2 * block * (dtype.itemsize + 4),
+    )
+
+
+def advice(cfg: DictConfig) -> str:
+    """Name up to three settings of a config that make a step smaller, the strongest first."""
+    clips = cfg.batch_size // cfg.grad_accumulation
+    ways = {
+        "gradient_checkpointing=true": not cfg.gradient_checkpointing,
+        f"grad_accumulation={cfg.batch_size}": clips > 1,
+        "teacher=cached noise_draws=16": cfg.teacher._target_.endswith((".Frozen", ".Offloaded")),
+        "optimizer=adamw_8bit": not cfg.optimizer._target_.endswith("8bit"),
+        "lora.rank=64": not cfg.lora.rank,
+        "ema=0": cfg.ema > 0,
+        "a smaller data.frames, data.height or data.width": True,
+    }
+    return ", ".join([way for way, helps in ways.items() if helps][:3])
+
+
+def _student(cfg: DictConfig, model: nn.Module, like: LikeCuda) -> nn.Module:
+    """Return the student as Job makes it, on the meta device; budgets do not change its memory."""
+    if cfg.error_budget is not None or cfg.sparsity > 0:
+        names = ("layout", "estimator", "policy", "compensation")
+        spec = {name: build(cfg[name]) for name in names}
+        attach(model, method_from_spec({**spec, "backend": "auto"}))
+    else:
+        attach(model, None)
+    if cfg.gradient_checkpointing:
+        # As diffusers does by default; `like` is switched off while Tensor.backward runs.
+        model.enable_gradient_checkpointing(
+            partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), like))
+        )
+    model.requires_grad_(True)
+    if cfg.lora.rank:
+        insert_adapters(model, cfg.lora)
+    return model.to(META).train()
+
+
+class _Given:
+    """Stands for any teacher: its forward, without gradients, never makes the peak."""
+
+    def velocity(self, student: nn.Module, noised: Noised) -> Tensor:
+        return torch.empty_like(noised.velocity)
+
+
+def _teacher_bytes(teacher: Any, model: nn.Module) -> int:
+    """Return what a teacher of this model holds on the GPU."""
+    whole = sum(map(_bytes, (*model.parameters(), *model.buffers())))
+    match teacher:
+        case Cached() | Shared():
+            return 0
+        case Offloaded():  # two blocks, and all that is in none
+            blocks = _block_bytes(model)
+            return whole - sum(blocks) + 2 * max(blocks)
+        case Frozen():
+            return whole
+    kind = type(teacher).__name__
+    raise Refusal("teacher", kind, "one that the estimate knows", "add it to train/memory.py")
+
+
+def _noised(
+    latent: tuple[int, ...], text: tuple[int, int], clips: int, *, has_condition: bool
+) -> Noised:
+    x, target = (torch.empty(clips, *latent, device=META) for _ in range(2))
+    return Noised(
+        x=x,
+        t=torch.empty(clips, device=META),
+        velocity=target,
+        text=torch.empty(clips, *text, device=META),
+        condition=torch.empty_like(x) if has_condition else None,
+        index=[0] * clips,
+        draw=[0] * clips,
+    )
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return model if dtype == torch.float32 else model.to(dtype)
+
+
+def _block_bytes(model: nn.Module) -> list[int]:
+    """Return the bytes of each block, a module that holds one self-attention."""
+    names = {name.rpartition(".")[0] for name, _ in family_of(model).self_attentions(model)}
+    blocks = [model.get_submodule(name) for name in sorted(names)]
+    return [sum(map(_bytes, block.parameters())) for block in blocks]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
