@@ -20,10 +20,11 @@ from gossamer.train import checkpoint
 from gossamer.train.data.dataset import BatchSchedule, batches
 from gossamer.train.density_controller import DensityController
 from gossamer.train.distiller import Distiller
+from gossamer.train.health import WINDOW, Health, tell
 from gossamer.train.interrupt import Stop, stoppable
 from gossamer.train.lora import base_of, check_base, trained_state
-from gossamer.train.processes import agreed
-from gossamer.train.refusal import Refusal
+from gossamer.train.processes import agreed, averaged
+from gossamer.train.refusal import DiskFailed, Refusal
 from gossamer.train.trackers import MetricsLog, Tracker
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,9 @@ class TrainSettings:
     log_every: int = 1
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
+    max_skipped: int = 10
+    loss_spike: float = 10.0
+    skip_spikes: bool = False
     seed: int = 0
 
     def lr_at(self, step: int) -> float:
@@ -82,6 +86,7 @@ class Progress:
     student: nn.Module
     optimizer: torch.optim.Optimizer
     controller: DensityController
+    health: Health
     step: int = 0  # optimizer steps done
     ema: dict[str, Tensor] = field(default_factory=dict)
 
@@ -110,6 +115,7 @@ class Progress:
             "step": self.step,
             "optimizer": optimizer,
             "density": self.controller.state,
+            "health": self.health.state,
             "base": base_of(self.student),
         }
         return checkpoint.save(folder, self.step, tensors=groups, state=state, keep=keep)
@@ -124,6 +130,7 @@ class Progress:
         device = next(self.student.parameters()).device
         self.ema = {name: tensor.to(device) for name, tensor in tensors.get("ema", {}).items()}
         self.controller.load_state(state["density"])
+        self.health.load_state(state.get("health", self.health.state))
         self.step = state["step"]
 
 
@@ -161,7 +168,8 @@ def train(
 ) -> Progress:
     """Train the student up to settings.steps, from the newest checkpoint of `folder` if any.
 
-    `density` is what the mean density of trained budgets is held at.
+    `density` is what the mean density of trained budgets is held at. A step whose loss or gradient
+    is not finite in any process is left out in all; no checkpoint is saved after such a step.
     The first SIGTERM or SIGINT, to any process, lets the step finish, saves it and raises
     SystemExit of 143 or 130; `accelerate launch` then ends with a code of its own. A second one
     ends the process at once.
@@ -169,7 +177,12 @@ def train(
     checkpoints = folder / "checkpoints"
     student = distiller.student.to(accelerator.device).train()
     optimizer = torch.optim.AdamW(parameter_groups(student, settings), betas=settings.betas)
-    progress = Progress(student, optimizer, DensityController(student, density, accelerator))
+    progress = Progress(
+        student,
+        optimizer,
+        DensityController(student, density, accelerator),
+        Health(settings.max_skipped, settings.loss_spike, settings.skip_spikes),
+    )
     if settings.ema:
         progress.start_ema()
     newest = checkpoint.latest(checkpoints)
@@ -197,7 +210,7 @@ def train(
         num_steps=settings.steps - progress.step,
         pin_memory=accelerator.device.type == "cuda",
     )
-    failed_saves = 0
+    failed_saves, due = 0, False
     bar = tqdm(
         total=settings.steps,
         initial=progress.step,
@@ -206,7 +219,9 @@ def train(
         disable=not accelerator.is_main_process,
     )
     with bar, stoppable() as stop:
-        for metrics in _steps(wrapped, data, accelerator, progress, settings, stop):
+        for metrics in _steps(
+            wrapped, distiller, dataset, data, accelerator, progress, settings, stop
+        ):
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.4g}")
             if rows is not None:
@@ -214,14 +229,15 @@ def train(
                 if progress.step % settings.log_every == 0:
                     tracker.log(progress.step, metrics)
             last = progress.step == settings.steps or stop.agreed is not None
-            if progress.step % settings.checkpoint_every == 0 or last:
-                saved = True
+            due = due or progress.step % settings.checkpoint_every == 0
+            if (due and progress.health.is_well) or last:
+                saved, due = True, False
                 if rows is not None:
                     rows.sync()
                     saved = progress.save(checkpoints, settings.keep_checkpoints) is not None
                 failed_saves = 0 if agreed(saved, accelerator) else failed_saves + 1
                 if failed_saves >= MAX_FAILED_SAVES or (failed_saves and last):
-                    raise Refusal(
+                    raise DiskFailed(
                         "checkpoints", checkpoints, "a disk that takes them", "free some space"
                     )
             if stop.agreed is not None:
@@ -237,14 +253,16 @@ def train(
 
 
 def _steps(
-    distiller: nn.Module,
+    wrapped: nn.Module,
+    distiller: Distiller,
+    dataset: Any,
     data: Iterator[dict[str, Tensor]],
     accelerator: Accelerator,
     progress: Progress,
     settings: TrainSettings,
     stop: Stop,
 ) -> Iterator[dict[str, float]]:
-    """Do one optimizer step at a time and yield its metrics."""
+    """Do one optimizer step at a time, by `wrapped` that holds the distiller; yield its metrics."""
     masks = set(mask_parameters(progress.student).values())
     parameters = [p for p in progress.named_parameters().values() if p not in masks]
     learned = [p for p in progress.named_parameters().values() if p in masks]
@@ -254,7 +272,8 @@ def _steps(
         lr = settings.lr_at(progress.step)
         for group in progress.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiple"]
-        total, waited = torch.zeros((), device=accelerator.device), 0.0
+        parts: list[tuple[dict[str, Tensor], Tensor]] = []
+        waited = 0.0
         for part in range(settings.grad_accumulation):
             asked = time.monotonic()
             batch = next(data)
@@ -264,41 +283,60 @@ def _steps(
             batch["position"] = torch.arange(first, first + micro)  # numbers the run's samples
             waited += time.monotonic() - asked
             last = part + 1 == settings.grad_accumulation
-            with accelerator.no_sync(distiller) if not last else nullcontext():
-                losses = distiller(batch)
+            with accelerator.no_sync(wrapped) if not last else nullcontext():
+                losses = wrapped(batch)
                 loss = torch.stack(list(losses.values())).sum() / settings.grad_accumulation
                 accelerator.backward(loss)
-            total += loss.detach()
-        # float() waits for this step, so that a signal during it still counts
-        shared = torch.tensor([float(total), *stop.votes], device=accelerator.device)
-        loss_value, *votes = accelerator.reduce(shared, "mean").tolist()
-        stop.agree(votes)
-        norm = float(nn.utils.clip_grad_norm_(parameters, settings.clip))
-        measured = {"loss": loss_value, "grad_norm": norm}
+            parts.append((batch, loss.detach()))
+        norms = {"grad_norm": _norm(parameters)}
         if learned:  # not clipped: AdamW bounds their steps, and they must not shrink the others'
-            measured["mask_grad_norm"] = float(nn.utils.clip_grad_norm_(learned, math.inf))
-        for name, value in measured.items():
-            if not math.isfinite(value):
-                raise Refusal(
-                    name,
-                    value,
-                    f"a finite number (step {progress.step + 1})",
-                    "lower optimizer.lr; the last checkpoint is kept",
-                )
-        measured |= progress.controller.before_step()
-        progress.optimizer.step()
-        progress.controller.after_step()
+            norms["mask_grad_norm"] = _norm(learned)
+        # waits for this step, so that a signal during it still counts
+        own = [float(x) for x in (*(loss for _, loss in parts), *norms.values())]
+        means = averaged([*own, *stop.votes], accelerator)
+        stop.agree(means[len(own) :])
+        measured = {"loss": sum(means[: len(parts)])}
+        measured |= zip(norms, means[len(parts) : len(own)], strict=True)
+        bad = progress.health.judge(progress.step + 1, measured)
+        if bad:
+            tell(
+                bad,
+                progress.step + 1,
+                distiller,
+                [(batch, loss) for (batch, _), loss in zip(parts, own, strict=False)],
+                dataset,
+                progress.health,
+                accelerator,
+            )
+        if progress.health.is_failing:
+            raise Refusal(
+                "steps",
+                f"{progress.health.skipped} of the last {WINDOW} left out ({bad})",
+                f"at most max_skipped={settings.max_skipped}",
+                "lower optimizer.lr, or see the clips named above; the last checkpoint before "
+                "them is kept",
+            )
+        if progress.health.is_well:
+            nn.utils.clip_grads_with_norm_(parameters, settings.clip, norms["grad_norm"])
+            measured |= progress.controller.before_step()
+            progress.optimizer.step()
+            progress.controller.after_step()
         progress.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
-        if progress.ema:
+        if progress.ema and progress.health.is_well:
             progress.update_ema(settings.ema)
         yield {
             "lr": lr,
             "density": mean_density(progress.student),
             **measured,
+            "skipped": progress.health.skipped,
             "step_seconds": time.monotonic() - start,
             "data_seconds": waited,
         }
+
+
+def _norm(parameters: list[nn.Parameter]) -> Tensor:
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def parameter_groups(student: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:

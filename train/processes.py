@@ -15,6 +15,12 @@ def agreed(value: bool, accelerator: Accelerator) -> bool:
     return bool(broadcast(torch.tensor(int(value), device=accelerator.device)))
 
 
+def averaged(numbers: list[float], accelerator: Accelerator) -> list[float]:
+    """Return the mean of each number over the processes, the same in all."""
+    rows = accelerator.gather(torch.tensor([numbers], device=accelerator.device)).tolist()
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+
 def on_main(work: Callable[[], None], accelerator: Accelerator) -> None:
     """Do work in the main process while the others wait; a refusal of it ends them all.
 

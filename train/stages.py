@@ -114,6 +114,9 @@ def train_stage(job: "Job") -> None:
         "log_every",
         "checkpoint_every",
         "keep_checkpoints",
+        "max_skipped",
+        "loss_spike",
+        "skip_spikes",
     )
     loss = build(job.cfg.loss)
     on_main(partial(store_negative, job.cfg), job.accelerator)
