@@ -31,7 +31,11 @@ REFUSED, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Run one verb and return the exit code.
+
+    2 for bad input, 3 for a disk that fails, 4 for too little memory, 130 for Ctrl-C, 143 for
+    SIGTERM.
+    """
     arguments = ["--help" if a == "-h" else a for a in (sys.argv[1:] if argv is None else argv)]
     try:
         # The other processes of a run may wait in a collective, where no handler would run.
@@ -41,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "debug=true" in (argument.lower() for argument in arguments):
             raise
         sys.stderr.write(f"error: {refusal}\n")
-        return REFUSED
+        return refusal.code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
