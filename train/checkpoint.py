@@ -63,6 +63,7 @@ def save(
         _clean(folder)
         fault("before-dir")
         temporary.mkdir()
+        fault("after-dir")
         _write(temporary, step, tensors, text, fault)
         fault("before-rename")
         _move_in(temporary, final)
@@ -77,6 +78,7 @@ def save(
         return None
     try:
         _prune(folder, step, keep, fault)
+        fault("after-prune")
     except OSError as error:
         logger.warning("checkpoint step-%d is saved, pruning failed: %s", step, error)
     return final

@@ -141,26 +141,43 @@ class Launcher:
         env: dict[str, str] | None = None,
         hide: str = "",
         fault: tuple[int, str] | None = None,
+        inject: str = "",
     ) -> Running:
         """Start `python -m gossamer.train OVERRIDES`; see launcher.py for the options."""
         self._jobs += 1
         log = self._folder / f"job-{self._jobs}.log"
         job = {"argv": overrides, "log": str(log), "env": env or {}, "hide": hide, "fault": fault}
+        job["inject"] = inject
         return Running(self._ask({"start": job}), log, lambda pid: self._ask({"wait": pid}))
 
     def run(self, overrides: list[str], **options: object) -> Done:
         return self.start(overrides, **options).wait()  # type: ignore[arg-type]
 
-    def start_ranks(self, overrides: list[str], **options: object) -> list[Running]:
-        """Start one job in two processes with torchrun's environment; options are the first's."""
+    def start_ranks(
+        self,
+        overrides: list[str],
+        *,
+        processes: int = 2,
+        launch: dict[str, str] | None = None,
+        inject: str = "",
+        **options: object,
+    ) -> list[Running]:
+        """Start one job in processes with torchrun's environment; options are the first's.
+
+        `launch` is what `accelerate launch` would add to the environment of all, `inject` of all
+        too.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        first, second = ({**common, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+        common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        first, *others = (
+            {**common, **(launch or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            for rank in range(processes)
+        )
         return [
-            self.start(overrides, env=first, **options),  # type: ignore[arg-type]
-            self.start(overrides, env=second),
+            self.start(overrides, env=first, inject=inject, **options),  # type: ignore[arg-type]
+            *(self.start(overrides, env=env, inject=inject) for env in others),
         ]
 
     def ranks(self, overrides: list[str], **options: object) -> list[Done]:

@@ -51,6 +51,7 @@ def test_the_parts_of_a_batch_do_not_change_the_losses(
         np.testing.assert_allclose(split[:, 3], whole[:, 3], rtol=1e-5)  # the gradient's norm
 
 
+@pytest.mark.case("N14")
 def test_gradient_checkpointing_changes_no_bit_and_computes_each_mask_once(
     make_job: Any, lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -100,6 +101,7 @@ def test_the_averaged_weights_follow_their_recursion(make_job: Any, tmp_path: Pa
     torch.testing.assert_close(progress.ema["proj_out.weight"], average, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.case("N1")
 def test_losses_that_stay_not_finite_stop_in_one_line_and_keep_the_checkpoint(
     lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
@@ -115,6 +117,7 @@ def test_losses_that_stay_not_finite_stop_in_one_line_and_keep_the_checkpoint(
     assert all(t.isfinite().all() for group in tensors.values() for t in group.values())
 
 
+@pytest.mark.case("N1")
 def test_a_gradient_that_is_not_finite_never_changes_the_weights(
     make_job: Any, tmp_path: Path
 ) -> None:
@@ -131,6 +134,7 @@ def test_a_gradient_that_is_not_finite_never_changes_the_weights(
     assert all(torch.equal(t, before[name]) for name, t in student.state_dict().items())
 
 
+@pytest.mark.case("F3")
 def test_a_save_that_fails_is_tried_again_and_three_in_a_row_stop_the_run(
     make_job: Any, lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
