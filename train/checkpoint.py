@@ -94,6 +94,14 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
+def clean(folder: Path) -> None:
+    """Remove what an interrupted save or prune left; a disk that refuses is warned about."""
+    try:
+        _clean(folder)
+    except OSError as error:
+        logger.warning("leftovers in %s stay: %s", folder, error)
+
+
 def step_of(checkpoint: Path) -> int:
     """Return the N of a folder step-N."""
     return int(checkpoint.name.removesuffix(".old").removeprefix("step-"))
@@ -344,7 +352,6 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _clean(folder: Path) -> None:
-    """Remove what an interrupted save or prune left."""
     hidden = [path for path in folder.glob(".step-*") if path.is_dir()]
     unfinished = [path for path in _newest_first(folder) if not (path / MANIFEST).exists()]
     for path in [*hidden, *unfinished]:

@@ -111,7 +111,8 @@ def where_not_finite(distiller: Distiller, batch: dict[str, Tensor]) -> str:
         torch.compiler.set_stance("force_eager"),
         _watched(distiller, found.append),
     ):
-        distiller(batch)
+        losses = distiller(batch)
+    found += [f"loss {name}" for name, loss in losses.items() if _is_bad(loss)]
     if found:
         return found[0]
     # Backward runs from the last layer to the first: the last one by name is nearest its origin.

@@ -191,6 +191,8 @@ def train(
         if settings.ema and not progress.ema:
             progress.start_ema()
         log.info("resumed from %s at step %d of %d", newest, progress.step, settings.steps)
+    if accelerator.is_main_process:
+        checkpoint.clean(checkpoints)
     if progress.step >= settings.steps:
         return progress
     rows = None

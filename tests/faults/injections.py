@@ -186,14 +186,12 @@ def monotonic_that_jumps_back() -> None:
 
 
 def leaking() -> None:
-    """Keep 40 kB and a file open with each step."""
+    """Keep 200 kB and a file open with each step."""
     kept: list[Any] = []
     judge = health.Health.judge
 
     def leak(self: Any, *args: Any) -> str:
-        kept.append((bytearray(os.urandom(40_000)), open(os.devnull)))
+        kept.append((bytearray(os.urandom(200_000)), os.open(os.devnull, os.O_RDONLY)))
         return judge(self, *args)
 
     health.Health.judge = leak  # type: ignore[method-assign]
-
-

@@ -99,7 +99,10 @@ def test_a_process_killed_at_any_point_leaves_a_whole_checkpoint(
         assert newest(folder) == (3 if point in POINTS[-3:] else 2)
         for again in (step, step + 1):  # over what is left
             assert put(folder, again) and newest(folder) == again
-        assert sorted(path.name for path in folder.iterdir()) == [f"step-{step}", f"step-{step + 1}"]
+        assert sorted(path.name for path in folder.iterdir()) == [
+            f"step-{step}",
+            f"step-{step + 1}",
+        ]
 
 
 def watched_saves(folder: Path) -> None:
@@ -198,7 +201,7 @@ def test_a_disk_that_fills_at_any_moment_keeps_the_old_checkpoint(
 ) -> None:
     chance = random.Random(3)
     for number in rounds(5, 20):
-        folder, point = tmp_path / str(number), chance.choice([p for p in POINTS[:8]])
+        folder, point = tmp_path / str(number), chance.choice(POINTS[:8])
 
         def full(reached: str, point: str = point) -> None:
             if reached == point:
