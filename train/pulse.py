@@ -28,7 +28,7 @@ class Pulse:
 
     Every process writes a beat into the store that torch.distributed met in; the first one looks
     after all others, and they after it. A thread does it: the main one may wait for ever in a
-    collective. Without other processes it does nothing.
+    collective, and the first one's store may not answer. Without other processes it does nothing.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -42,8 +42,10 @@ class Pulse:
             # Clones: a store's client serves one call at a time, and some wait for hours.
             store: Any = dist.distributed_c10d._get_default_store()
             self._store = dist.PrefixStore("pulse", store.clone())
+            self._looked = time.monotonic()
             self._thread = threading.Thread(target=self._watch, args=(store.clone(),), daemon=True)
             self._thread.start()
+            threading.Thread(target=self._watch_store, daemon=True).start()
         return self
 
     def __exit__(
@@ -60,6 +62,11 @@ class Pulse:
         if error is not None and not isinstance(error, SystemExit):  # which all processes agreed on
             last = f"{_FAILED}: {' '.join(f'{type(error).__name__} {error}'.split())[:300]}"
             log.error("process %d of %d %s", self._rank, self._world, last)
+        say = threading.Thread(target=self._say, args=(last,), daemon=True)
+        say.start()
+        say.join(2 * BEAT)  # the store may not answer any more
+
+    def _say(self, last: str) -> None:
         try:
             self._store.set(str(self._rank), last)
         except (dist.DistError, RuntimeError):
@@ -83,6 +90,7 @@ class Pulse:
             except (dist.DistError, RuntimeError):
                 self._end("process 0, or the launcher that it met in, has ended")
                 return
+            self._looked = time.monotonic()
             for rank, (said, at) in list(heard.items()):
                 if said == _LEFT:
                     del heard[rank]
@@ -94,6 +102,13 @@ class Pulse:
                 if self._rank == 0:
                     store.set(_GONE, gone)
                 self._end(gone)
+                return
+
+    def _watch_store(self) -> None:
+        """End when the store itself, in process 0 or its launcher, does not answer any more."""
+        while not self._stop.wait(BEAT):
+            if time.monotonic() - self._looked > LIMIT:
+                self._end(f"process 0 has not been heard of for {LIMIT:g} s")
                 return
 
     def _end(self, why: str) -> None:

@@ -30,11 +30,18 @@ def rows(runs: Path) -> list[dict[str, Any]]:
 
 
 def all_end(jobs: list[Any]) -> list[Any]:
-    """Wait for jobs; AssertionError when one is still there after SECONDS."""
-    start = time.monotonic()
-    done = [job.wait() for job in jobs]
-    assert time.monotonic() - start < SECONDS
-    return done
+    """Wait for jobs; those still there after SECONDS are killed, and that is an AssertionError."""
+    end = time.monotonic() + SECONDS
+    while not all(map(ended, jobs)) and time.monotonic() < end:
+        time.sleep(0.02)
+    late = [job.kill().text for job in jobs if not ended(job)]
+    assert not late, late
+    return [job.wait() for job in jobs]
+
+
+def ended(job: Any) -> bool:
+    """Tell whether a job's process, not yet waited for, has ended."""
+    return Path(f"/proc/{job.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +96,7 @@ def test_a_process_that_says_nothing_more_ends_all_and_is_named(
     )
     jobs[0].when(lambda: len(rows(tmp_path)) >= 2)
     jobs[stuck].send(signal.SIGSTOP)
-    done = jobs[1 - stuck].wait()
+    (done,) = all_end([jobs[1 - stuck]])
     jobs[stuck].kill()
     assert done.code == 1
     assert f"error: process {stuck} has not been heard of for 3 s: ending process" in done.text
@@ -103,7 +110,7 @@ def test_without_the_pulse_a_silent_process_is_waited_for(
     jobs[0].when(lambda: len(rows(tmp_path)) >= 2)
     jobs[1].send(signal.SIGSTOP)
     time.sleep(5)
-    assert Path(f"/proc/{jobs[0].pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    assert not ended(jobs[0])
     assert [job.kill().code for job in jobs] == [-signal.SIGKILL] * 2
 
 
