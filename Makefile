@@ -27,7 +27,7 @@ test: dev
 
 FAULTS ?= full
 faults: dev
-	FAULTS=$(FAULTS) OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m pytest -q -m case tests/faults tests
+	FAULTS=$(FAULTS) OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m case tests/faults tests
 
 check: dev
 	$(BIN)/ruff check .

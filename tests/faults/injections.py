@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ def other_data_in_process_1() -> None:
     def other(self: Any, *args: Any, **kwargs: Any) -> None:
         start(self, *args, **kwargs)
         if rank() == 1:
-            self.manifest = "another"
+            request = {**self.manifest.request, "source": "another"}
+            self.manifest = replace(self.manifest, request=request)
 
     LatentDataset.__init__ = other  # type: ignore[method-assign]
 
