@@ -87,7 +87,7 @@ def test_triton_is_refused_where_it_cannot_run(
     assert said in refused(launcher, lab.student(tmp_path, **BACKEND), **options)
 
 
-@pytest.mark.case("C8")
+@pytest.mark.case("C8", "N4")
 def test_fp16_is_refused_before_the_processes_meet(lab: Any, launcher: Any, tmp_path: Path) -> None:
     line = refused(launcher, lab.student(tmp_path), env={"ACCELERATE_MIXED_PRECISION": "fp16"})
     assert "mixed_precision=fp16: allowed is no or bf16" in line
