@@ -28,7 +28,7 @@ _lab = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = _lab
 _spec.loader.exec_module(_lab)
 lab, launcher, calibrated = _lab.lab, _lab.launcher, _lab.calibrated
-make_job, one_thread = _lab.make_job, _lab.one_thread
+make_job, one_thread, unbroken = _lab.make_job, _lab.one_thread, _lab.unbroken
 
 
 def how_often(case: str, short: int, full: int) -> int:
