@@ -1,5 +1,6 @@
 # make demo    install, then turn the shipped dense teacher into a sparse model and report on it
 # make test    install the development tools, then run the tests (those that need a GPU where one is)
+# make faults  inject every fault of tests/faults/README.md in full counts (hours); writes benchmarks/results/
 # make check   lint, format, types, import direction
 # Needs Python 3.11 (or 3.12), make and git. Everything is installed into .venv.
 
@@ -11,7 +12,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  := torch==2.13.0
 TRITON := triton==3.7.1
 
-.PHONY: demo install dev test check format clean
+.PHONY: demo install dev test faults check format clean
 
 demo: install
 	$(BIN)/gossamer train recipe=demo
@@ -23,6 +24,10 @@ dev: $(VENV)/.developed
 test: dev
 	@gpu=$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "not gpu")') && \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal -m "$$gpu"
+
+FAULTS ?= full
+faults: dev
+	FAULTS=$(FAULTS) OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m case tests/faults tests
 
 check: dev
 	$(BIN)/ruff check .

@@ -152,7 +152,7 @@ class Step:
         )
         groups = parameter_groups(student, TrainSettings(steps=1, batch_size=1))
         optimizer = build(cfg.optimizer).make(groups)
-        self.progress = Progress(student, optimizer, controller=None)  # type: ignore[arg-type]
+        self.progress = Progress(student, optimizer, controller=None, health=None)  # type: ignore[arg-type]
         if cfg.ema:
             self.progress.start_ema()
         self.batch = {

@@ -99,13 +99,6 @@ def preflight(cfg: DictConfig, stages: list[str], *, plan_memory: bool = False) 
     return facts
 
 
-def say_out_of_memory(cfg: DictConfig, error: Exception) -> str:
-    """Say in one line what a step was planned to take, and three settings that take less."""
-    needed = preflight(cfg, ["train"], plan_memory=True)["memory"]
-    first = str(error).partition(". GPU")[0]
-    return f"{first}; planned for a training step: {needed}; try {advice(cfg)}"
-
-
 def is_sparse(cfg: DictConfig) -> bool:
     """Say whether the run's attention is sparse: to a sparsity above 0, or to an error budget."""
     return cfg.error_budget is not None or cfg.sparsity > 0

@@ -65,6 +65,7 @@ def save(
         _clean(folder)
         fault("before-dir")
         temporary.mkdir()
+        fault("after-dir")
         _write(temporary, step, tensors, text, fault)
         fault("before-rename")
         _move_in(temporary, final)
@@ -79,6 +80,7 @@ def save(
         return None
     try:
         _prune(folder, step, keep, fault)
+        fault("after-prune")
     except OSError as error:
         logger.warning("checkpoint step-%d is saved, pruning failed: %s", step, error)
     return final
@@ -92,6 +94,14 @@ def latest(folder: Path) -> Path | None:
             return checkpoint
         logger.warning("checkpoint %s is damaged (%s), taking the one before", checkpoint, bad)
     return None
+
+
+def clean(folder: Path) -> None:
+    """Remove what an interrupted save or prune left; a disk that refuses is warned about."""
+    try:
+        _clean(folder)
+    except OSError as error:
+        logger.warning("leftovers in %s stay: %s", folder, error)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -352,7 +362,6 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _clean(folder: Path) -> None:
-    """Remove what an interrupted save or prune left."""
     hidden = [path for path in folder.glob(".step-*") if path.is_dir()]
     unfinished = [path for path in _newest_first(folder) if not (path / MANIFEST).exists()]
     for path in [*hidden, *unfinished]:

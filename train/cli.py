@@ -35,13 +35,14 @@ SWEEP = """\
   sweep.results=FILE.jsonl      keep a line for each finished run; runs in it are not done again
   sweep.keep_checkpoints=false  with results: delete those of finished runs
 """
-REFUSED, OUT_OF_MEMORY, INTERRUPTED, TERMINATED = 2, 4, 130, 143
+REFUSED, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code.
 
-    2 for bad input, 4 where the GPU has too little memory, 130 for Ctrl-C, 143 for SIGTERM.
+    2 for bad input, 3 for a disk that fails, 4 for too little memory, 130 for Ctrl-C, 143 for
+    SIGTERM.
     """
     arguments = ["--help" if a == "-h" else a for a in (sys.argv[1:] if argv is None else argv)]
     try:
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "debug=true" in (argument.lower() for argument in arguments):
             raise
         sys.stderr.write(f"error: {refusal}\n")
-        return REFUSED
+        return refusal.code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
@@ -109,19 +110,9 @@ def _run(verb: str, overrides: list[str], *, only_show: bool) -> int:
 
         check(cfg)
         return 0
-    from torch import OutOfMemoryError
-
     from gossamer.train import job
 
-    try:
-        job.run(cfg, stages=list(cfg.stages) if verb == "train" else [verb])
-    except OutOfMemoryError as error:
-        if cfg.debug:
-            raise
-        from gossamer.train.check import say_out_of_memory
-
-        sys.stderr.write(f"error: {say_out_of_memory(cfg, error)}\n")
-        return OUT_OF_MEMORY
+    job.run(cfg, stages=list(cfg.stages) if verb == "train" else [verb])
     return 0
 
 

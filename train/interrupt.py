@@ -3,11 +3,13 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ECHO = 5.0  # seconds
 
 
 class Terminated(BaseException):
@@ -35,16 +37,25 @@ class Stop:
 def stoppable() -> Iterator[Stop]:
     """Note the first signal in a Stop and go on; a second one ends the process at once.
 
-    A signal that came too late to be agreed on acts after the block, as it would outside. Python
-    sees signals between calls: one during a long wait for a device or a peer counts after it.
+    A second SIGTERM within ECHO seconds is still the first: a cluster tells every process, and the
+    launcher, told as well, tells its own again. A signal that came too late to be agreed on acts
+    after the block, as it would outside. Python sees signals between calls: one during a long wait
+    for a device or a peer counts after it.
     """
     stop = Stop()
+    since = time.monotonic()
 
     def ask(number: int, frame: FrameType | None) -> None:
-        stop.asked = signal.Signals(number)
-        for each in SIGNALS:
-            if signal.getsignal(each) is not signal.SIG_IGN:
-                signal.signal(each, signal.SIG_DFL)
+        nonlocal since
+        if stop.asked is None:
+            stop.asked, since = signal.Signals(number), time.monotonic()
+            may_echo = number == signal.SIGTERM
+            for each in SIGNALS[1:] if may_echo else SIGNALS:
+                if signal.getsignal(each) is not signal.SIG_IGN:
+                    signal.signal(each, signal.SIG_DFL)
+        elif time.monotonic() - since > ECHO:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(signal.Signals(number))
 
     with _handled(ask, SIGNALS):
         yield stop

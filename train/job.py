@@ -30,9 +30,11 @@ from gossamer.train.draws import Draws
 from gossamer.train.files import write_atomic
 from gossamer.train.launch import Launch, sharding_hidden
 from gossamer.train.lora import add_adapters, check_base
+from gossamer.train.memory_limit import within_memory
 from gossamer.train.negative import is_needed, load_negative
 from gossamer.train.parallel import Parallel
 from gossamer.train.processes import on_main
+from gossamer.train.pulse import Pulse, meeting
 from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import CONFIG, check_run_dir
 from gossamer.train.teacher import Guided, Teacher
@@ -348,7 +350,13 @@ def run(
         "report": report_stage,
     }
     everyone = ("encode", "train")
+
+    def work(stage: str) -> None:
+        with within_memory(job, stage):
+            table[stage](job)
+
     with ExitStack() as stack:
+        stack.enter_context(Pulse(job.accelerator))
 
         def open_run_dir() -> None:
             stack.enter_context(checkpoint.RunLock(job.run_dir))
@@ -359,11 +367,10 @@ def run(
         on_main(open_run_dir, job.accelerator)
         job.log("device %s, attention backend %s, run %s", job.device, cfg.backend, job.run_dir)
         for stage in (s for s in table if s in todo):
-            work = partial(table[stage], job)
             if stage in everyone:
-                work()
+                work(stage)
             else:
-                on_main(work, job.accelerator)
+                on_main(partial(work, stage), job.accelerator)
         job.accelerator.wait_for_everyone()
         main = job.accelerator.is_main_process
         return _finish(job, todo, time.monotonic() - start) if main else {}
@@ -377,7 +384,7 @@ def make_accelerator(cfg: DictConfig) -> Accelerator:
 
     cpu = cfg.device == "cpu" or (cfg.device == "auto" and not torch.cuda.is_available())
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # rank 0 encodes, others wait
-    with sharding_hidden():
+    with sharding_hidden(), meeting():
         accelerator = Accelerator(cpu=cpu, kwargs_handlers=[patient])
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise Refusal(

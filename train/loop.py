@@ -20,12 +20,13 @@ from gossamer.train import checkpoint
 from gossamer.train.data.dataset import batches, schedule_of
 from gossamer.train.density_controller import DensityController
 from gossamer.train.distiller import Distiller
+from gossamer.train.health import WINDOW, Health, tell
 from gossamer.train.interrupt import Stop, stoppable
 from gossamer.train.lora import base_of, check_base, trained_state
 from gossamer.train.optimizers import AdamW, Numbers
 from gossamer.train.parallel import Parallel
-from gossamer.train.processes import agreed
-from gossamer.train.refusal import Refusal
+from gossamer.train.processes import agreed, averaged
+from gossamer.train.refusal import DiskFailed, Refusal
 from gossamer.train.sharded import Groups, gathered, shared_like
 from gossamer.train.trackers import MetricsLog, Tracker
 from gossamer.train.watch import Watch
@@ -47,6 +48,9 @@ class TrainSettings(Numbers):
     log_every: int = 1
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
+    max_skipped: int = 10
+    loss_spike: float = 10.0
+    skip_spikes: bool = False
     seed: int = 0
     optimizer: AdamW = field(default_factory=AdamW)
 
@@ -79,6 +83,7 @@ class Progress:
     student: nn.Module
     optimizer: torch.optim.Optimizer
     controller: DensityController
+    health: Health
     step: int = 0  # optimizer steps done
     ema: dict[str, Tensor] = field(default_factory=dict)
 
@@ -112,6 +117,7 @@ class Progress:
             "step": self.step,
             "optimizer": optimizer,
             "density": self.controller.state,
+            "health": self.health.state,
             "base": base_of(self.student),
         }
         return checkpoint.save(folder, self.step, tensors=groups, state=state, keep=keep)
@@ -126,6 +132,7 @@ class Progress:
         own, ema = self.named_parameters(), tensors.get("ema", {})
         self.ema = {name: shared_like(tensor, own[name]) for name, tensor in ema.items()}
         self.controller.load_state(state["density"])
+        self.health.load_state(state.get("health", self.health.state))
         self.step = state["step"]
 
 
@@ -167,7 +174,8 @@ def train(
     """Train the student up to settings.steps, from the newest checkpoint of `folder` if any.
 
     `density` is what the mean density of trained budgets is held at. What `watch` finds is in the
-    metrics of its steps and of a step 0; the seconds of a step do not count it.
+    metrics of its steps and of a step 0; the seconds of a step do not count it. A step whose loss
+    or gradient is not finite in any process is left out in all; no checkpoint is saved after it.
     The first SIGTERM or SIGINT, to any process, lets the step finish, saves it and raises
     SystemExit of 143 or 130; `accelerate launch` then ends with a code of its own. A second one
     ends the process at once.
@@ -176,9 +184,12 @@ def train(
     parallel = parallel or Parallel(accelerator)
     micro_batch = settings.micro_batch(parallel.data_processes)
     student = parallel.place(distiller.student).train()
-    optimizer = settings.optimizer.make(parameter_groups(student, settings))
-    controller = DensityController(student, density, accelerator, parallel.sequence)
-    progress = Progress(student, optimizer, controller)
+    progress = Progress(
+        student,
+        settings.optimizer.make(parameter_groups(student, settings)),
+        DensityController(student, density, accelerator, parallel.sequence),
+        Health(settings.max_skipped, settings.loss_spike, settings.skip_spikes),
+    )
     if settings.ema:
         progress.start_ema()
     newest = checkpoint.latest(checkpoints)
@@ -187,6 +198,8 @@ def train(
         if settings.ema and not progress.ema:
             progress.start_ema()
         log.info("resumed from %s at step %d of %d", newest, progress.step, settings.steps)
+    if accelerator.is_main_process:
+        checkpoint.clean(checkpoints)
     if progress.step >= settings.steps:
         return progress
     rows = None
@@ -211,7 +224,7 @@ def train(
             rows.append({"step": 0, **watch(student)})
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    failed_saves = 0
+    failed_saves, due = 0, False
     bar = tqdm(
         total=settings.steps,
         initial=progress.step,
@@ -220,7 +233,9 @@ def train(
         disable=not accelerator.is_main_process,
     )
     with bar, stoppable() as stop:
-        for metrics in _steps(wrapped, data, parallel, progress, settings, stop):
+        for metrics in _steps(
+            wrapped, distiller, dataset, data, parallel, progress, settings, stop
+        ):
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.4g}")
             is_last = progress.step == settings.steps
@@ -232,15 +247,17 @@ def train(
                 if progress.step % settings.log_every == 0:
                     tracker.log(progress.step, metrics)
             last = is_last or stop.agreed is not None
-            if progress.step % settings.checkpoint_every == 0 or last:
-                saved, groups = True, progress.tensors(keep=rows is not None)
+            due = due or progress.step % settings.checkpoint_every == 0
+            if (due and progress.health.is_well) or last:
+                saved, due = True, False
+                groups = progress.tensors(keep=rows is not None)
                 if rows is not None:
                     rows.sync()
                     written = progress.save(checkpoints, settings.keep_checkpoints, groups)
                     saved = written is not None
                 failed_saves = 0 if agreed(saved, accelerator) else failed_saves + 1
                 if failed_saves >= MAX_FAILED_SAVES or (failed_saves and last):
-                    raise Refusal(
+                    raise DiskFailed(
                         "checkpoints", checkpoints, "a disk that takes them", "free some space"
                     )
             if stop.agreed is not None:
@@ -256,14 +273,16 @@ def train(
 
 
 def _steps(
-    distiller: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    wrapped: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    distiller: Distiller,
+    dataset: Any,
     data: Iterator[dict[str, Tensor]],
     parallel: Parallel,
     progress: Progress,
     settings: TrainSettings,
     stop: Stop,
 ) -> Iterator[dict[str, float]]:
-    """Do one optimizer step at a time and yield its metrics."""
+    """Do one optimizer step at a time, by `wrapped` that holds the distiller; yield its metrics."""
     accelerator = parallel.accelerator
     masks = set(mask_parameters(progress.student).values())
     parameters = [p for p in progress.named_parameters().values() if p not in masks]
@@ -274,7 +293,8 @@ def _steps(
         lr = settings.lr_at(progress.step)
         for group in progress.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiple"]
-        total, waited = torch.zeros((), device=accelerator.device), 0.0
+        parts: list[tuple[dict[str, Tensor], Tensor]] = []
+        waited = 0.0
         for part in range(settings.grad_accumulation):
             asked = time.monotonic()
             batch = next(data)
@@ -284,41 +304,57 @@ def _steps(
             batch["position"] = torch.arange(first, first + micro)  # numbers the run's samples
             waited += time.monotonic() - asked
             last = part + 1 == settings.grad_accumulation
-            with parallel.accumulating(distiller) if not last else nullcontext():
-                losses = distiller(batch)
+            with parallel.accumulating(wrapped) if not last else nullcontext():
+                losses = wrapped(batch)
                 loss = torch.stack(list(losses.values())).sum() / settings.grad_accumulation
                 accelerator.backward(loss)
-            total += loss.detach()
-        # float() waits for this step, so that a signal during it still counts
-        mine = [float(total), mean_density(progress.student), *stop.votes]
-        shared = torch.tensor(mine, device=accelerator.device)
-        loss_value, density, *votes = accelerator.reduce(shared, "mean").tolist()
-        stop.agree(votes)
+            parts.append((batch, loss.detach()))
         parallel.average_whole([*parameters, *learned])
-        norm = parallel.clip(parameters, settings.clip)
-        measured = {"loss": loss_value, "grad_norm": norm}
+        norms = {"grad_norm": parallel.norm(parameters)}
         if learned:  # not clipped: AdamW bounds their steps, and they must not shrink the others'
-            measured["mask_grad_norm"] = parallel.clip(learned, math.inf)
-        for name, value in measured.items():
-            if not math.isfinite(value):
-                raise Refusal(
-                    name,
-                    value,
-                    f"a finite number (step {progress.step + 1})",
-                    "lower optimizer.lr; the last checkpoint is kept",
-                )
-        measured |= progress.controller.before_step()
-        progress.optimizer.step()
-        progress.controller.after_step()
+            norms["mask_grad_norm"] = parallel.norm(learned)
+        # waits for this step, so that a signal during it still counts
+        own = [float(x) for x in (*(loss for _, loss in parts), *norms.values())]
+        told = [*own, mean_density(progress.student), *stop.votes]
+        means = averaged(told, accelerator)
+        density, votes = means[len(own)], means[len(own) + 1 :]
+        stop.agree(votes)
+        measured = {"loss": sum(means[: len(parts)])}
+        measured |= zip(norms, means[len(parts) : len(own)], strict=True)
+        bad = progress.health.judge(progress.step + 1, measured)
+        if bad:
+            tell(
+                bad,
+                progress.step + 1,
+                distiller,
+                [(batch, loss) for (batch, _), loss in zip(parts, own, strict=False)],
+                dataset,
+                progress.health,
+                accelerator,
+            )
+        if progress.health.is_failing:
+            raise Refusal(
+                "steps",
+                f"{progress.health.skipped} of the last {WINDOW} left out ({bad})",
+                f"at most max_skipped={settings.max_skipped}",
+                "lower optimizer.lr, or see the clips named above; the last checkpoint before "
+                "them is kept",
+            )
+        if progress.health.is_well:
+            parallel.clip(parameters, norms["grad_norm"], settings.clip)
+            measured |= progress.controller.before_step()
+            progress.optimizer.step()
+            progress.controller.after_step()
         progress.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
-        if progress.ema:
+        if progress.ema and progress.health.is_well:
             progress.update_ema(settings.ema)
-        density, seconds = mean_density(progress.student), time.monotonic() - start
+        seconds = time.monotonic() - start
         yield {
             "lr": lr,
             "density": density,
             **measured,
+            "skipped": progress.health.skipped,
             "step_seconds": seconds,
             "data_seconds": waited,
             "data_share": waited / seconds,

@@ -92,17 +92,19 @@ class Parallel:
         for gradient, part in zip(found, mean.split([g.numel() for g in found]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    @torch.no_grad()
-    def clip(self, parameters: list[nn.Parameter], most: float) -> float:
-        """Scale the gradients down to a norm of at most `most`; return the norm before."""
-        if self.mesh is None:
-            return float(nn.utils.clip_grad_norm_(parameters, most))
+    def norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Return the norm of the gradients, of all shards where there are some."""
         gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = norm_of(gradients)
-        if math.isfinite(most):
+        return nn.utils.get_total_norm(gradients) if self.mesh is None else norm_of(gradients)
+
+    @torch.no_grad()
+    def clip(self, parameters: list[nn.Parameter], norm: Tensor, most: float) -> None:
+        """Scale the gradients, whose norm this is, down to a norm of at most `most`."""
+        if self.mesh is None:
+            nn.utils.clip_grads_with_norm_(parameters, most, norm)
+        elif math.isfinite(most):
             factor = (most / (norm + 1e-6)).clamp(max=1)
-            torch._foreach_mul_([local(g) for g in gradients], factor)
-        return float(norm)
+            torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], factor)
 
     def _shard(self, model: nn.Module) -> nn.Module:
         layers = (m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv3d))

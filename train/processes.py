@@ -1,10 +1,11 @@
 """What the processes of one run do together."""
 
+import hashlib
 from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 
 from gossamer.train.cli import REFUSED
 from gossamer.train.refusal import Refusal
@@ -13,6 +14,21 @@ from gossamer.train.refusal import Refusal
 def agreed(value: bool, accelerator: Accelerator) -> bool:
     """Return the main process's value in every process; waits for all."""
     return bool(broadcast(torch.tensor(int(value), device=accelerator.device)))
+
+
+def averaged(numbers: list[float], accelerator: Accelerator) -> list[float]:
+    """Return the mean of each number over the processes, the same in all."""
+    rows = accelerator.gather(torch.tensor([numbers], device=accelerator.device)).tolist()
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+
+def check_same(field: str, value: object, accelerator: Accelerator, fix: str) -> None:
+    """Refuse, in all processes, a value that is not the same in each."""
+    digest = hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+    all_digests = gather_object([digest])
+    if len(set(all_digests)) > 1:
+        shown = ", ".join(f"process {rank}: {one}" for rank, one in enumerate(all_digests[:4]))
+        raise Refusal(field, shown, "the same for all processes", fix)
 
 
 def on_main(work: Callable[[], None], accelerator: Accelerator) -> None:

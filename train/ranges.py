@@ -102,6 +102,8 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a whole number of at least 2: the newest may be damaged",
         lambda value: value >= 2,
     ),
+    "max_skipped": _whole(0),
+    "loss_spike": ("a number above 1 (.inf: none)", lambda value: value > 1),
     "lora.rank": _whole(0),
     "lora.alpha": ("null or a finite number above 0", lambda a: a is None or 0 < a < math.inf),
     "noise_draws": _whole(0),

@@ -1,4 +1,4 @@
-"""The one exception for bad input: the command line turns it into one line and exit code 2."""
+"""The exceptions for what a user can mend: the command line turns each into one line and a code."""
 
 from typing import Any
 
@@ -11,17 +11,31 @@ class Refusal(ValueError):
     Credentials in URLs are left out.
     """
 
+    code = 2
+
     def __init__(self, field: str, value: object, allowed: str, fix: str) -> None:
         line = " ".join(f"{field}={value!s}: allowed is {allowed}; {fix}".split())
         super().__init__(redact(line))
         self.field = field
 
-    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
-        return _restored, (str(self), self.field)
+    def __reduce__(self) -> tuple[Any, tuple[type, str, str]]:
+        return _restored, (type(self), str(self), self.field)
 
 
-def _restored(message: str, field: str) -> Refusal:
+class DiskFailed(Refusal):
+    """A disk that takes no checkpoint any more."""
+
+    code = 3
+
+
+class OutOfMemory(Refusal):
+    """A device whose memory does not hold the run."""
+
+    code = 4
+
+
+def _restored(kind: type[Refusal], message: str, field: str) -> Refusal:
     """Return a refusal that comes from another process."""
-    refusal = Refusal.__new__(Refusal, message)
+    refusal = kind.__new__(kind, message)
     refusal.field = field
     return refusal

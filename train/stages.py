@@ -17,7 +17,7 @@ from gossamer.train.data.shards import Manifest
 from gossamer.train.distiller import Distiller
 from gossamer.train.files import write_atomic
 from gossamer.train.negative import store_negative
-from gossamer.train.processes import on_main
+from gossamer.train.processes import check_same, on_main
 from gossamer.train.teach import write_cache
 from gossamer.train.teacher import Cached
 from gossamer.train.watch import watch_of
@@ -113,11 +113,16 @@ def train_stage(job: "Job") -> None:
         "log_every",
         "checkpoint_every",
         "keep_checkpoints",
+        "max_skipped",
+        "loss_spike",
+        "skip_spikes",
     )
     loss = build(job.cfg.loss)
     on_main(partial(store_negative, job.cfg), job.accelerator)
     teacher = job.teacher() if loss.needs_teacher else None
     dataset = job.dataset("train")
+    fix = "give every machine the same folder, or the same copy of it"
+    check_same("data.dir", dataset.manifest, job.accelerator, fix)
     watch = watch_of(job) if job.accelerator.is_main_process else None
     for seed in job.seeds:
         settings = loop.TrainSettings(

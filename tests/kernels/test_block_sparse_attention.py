@@ -36,6 +36,7 @@ def test_reference_equals_the_dense_formula(
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.case("N7")
 def test_reference_equals_the_dense_formula_for_200_random_masks(
     make_problem: Callable, dense_formula: Callable
 ) -> None:
@@ -66,6 +67,7 @@ def test_autocast_does_not_lower_the_precision_of_the_reference(make_problem: Ca
     assert all(torch.equal(cast[name], plain[name]) for name in plain)
 
 
+@pytest.mark.case("N7")
 def test_reference_passes_gradcheck_through_out_and_lse(make_problem: Callable) -> None:
     selected = torch.tensor([[True, True, False], [False, True, True]])[None, None]
     problem = make_problem([2, 3], [3, 0, 2], head_dim=3, selected=selected)
@@ -73,6 +75,7 @@ def test_reference_passes_gradcheck_through_out_and_lse(make_problem: Callable) 
     assert torch.autograd.gradcheck(partial(block_sparse_attention, blocks=problem.blocks), leaves)
 
 
+@pytest.mark.case("N7")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_triton_is_as_accurate_as_plain_pytorch(
@@ -157,6 +160,7 @@ def test_strided_inputs_and_gradients_change_nothing(make_problem: Callable, bac
         torch.testing.assert_close(strided, plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.case("N11")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_behind_the_last_token_changes_no_bit(make_problem: Callable, backend: str) -> None:
     clean = make_problem([16, 9], [16, 3])
@@ -175,6 +179,7 @@ def test_nan_behind_the_last_token_changes_no_bit(make_problem: Callable, backen
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.case("N8")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_full_mask_equals_dense_attention(make_problem: Callable, backend: str) -> None:
     selected = torch.ones(1, 2, 3, 2, dtype=torch.bool)
@@ -186,6 +191,7 @@ def test_full_mask_equals_dense_attention(make_problem: Callable, backend: str) 
     assert (out - dense).norm() <= 1e-5 * dense.norm()
 
 
+@pytest.mark.case("N12")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_huge_logits_and_all_equal_logits_stay_finite(make_problem: Callable, backend: str) -> None:
     problem = make_problem([16, 16], [16, 16], heads=1)

@@ -67,6 +67,7 @@ def test_triton_is_as_accurate_on_clusters(
         assert_as_accurate(actual, plain, exact, torch.finfo(dtype).eps)
 
 
+@pytest.mark.case("N6")
 @pytest.mark.parametrize("sizes", [(_tiles(1000, 64),) * 2, CLUSTERS], ids=["tiles", "clusters"])
 def test_twenty_backward_runs_give_the_same_bits(
     make_problem: Callable, sizes: tuple[list[int], list[int]]
@@ -137,6 +138,7 @@ def test_a_new_bound_of_the_size_or_number_of_clusters_compiles_nothing(
     assert len(set(counts)) == 1
 
 
+@pytest.mark.case("N13")
 @pytest.mark.slow
 def test_tensors_of_over_2_to_the_31_elements_are_addressed_right(make_blocks: Callable) -> None:
     heads, num_q, head_dim = 130, 1 << 17, 128

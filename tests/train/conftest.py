@@ -141,11 +141,13 @@ class Launcher:
         env: dict[str, str] | None = None,
         hide: str = "",
         fault: tuple[int, str] | None = None,
+        inject: str = "",
     ) -> Running:
         """Start `python -m gossamer.train OVERRIDES`; see launcher.py for the options."""
         self._jobs += 1
         log = self._folder / f"job-{self._jobs}.log"
         job = {"argv": overrides, "log": str(log), "env": env or {}, "hide": hide, "fault": fault}
+        job["inject"] = inject
         return Running(self._ask({"start": job}), log, lambda pid: self._ask({"wait": pid}))
 
     def run(self, overrides: list[str], **options: object) -> Done:
@@ -157,11 +159,13 @@ class Launcher:
         *,
         processes: int = 2,
         launch: dict[str, str] | None = None,
+        inject: str = "",
         **options: object,
     ) -> list[Running]:
         """Start one job in processes with torchrun's environment; options are the first's.
 
-        `launch` is what `accelerate launch` would add to the environment of all.
+        `launch` is what `accelerate launch` would add to the environment of all, `inject` of all
+        too.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -172,8 +176,8 @@ class Launcher:
             for rank in range(processes)
         )
         return [
-            self.start(overrides, env=first, **options),  # type: ignore[arg-type]
-            *(self.start(overrides, env=env) for env in others),
+            self.start(overrides, env=first, inject=inject, **options),  # type: ignore[arg-type]
+            *(self.start(overrides, env=env, inject=inject) for env in others),
         ]
 
     def ranks(self, overrides: list[str], **options: object) -> list[Done]:

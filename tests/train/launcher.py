@@ -1,6 +1,6 @@
 """A process that imports the trainer once and forks it for each job, so that a job starts at once.
 
-It reads one JSON request a line: {"start": {"argv", "log", "env", "hide", "fault"}} prints the
+It reads one JSON request a line: {"start": the arguments of `run`} prints the
 process id, {"wait": pid} its exit status as subprocess counts it.
 """
 
@@ -20,23 +20,34 @@ from gossamer.train.cli import main
 
 
 def run(
-    argv: list[str], log: str, env: dict[str, str], hide: str, fault: tuple[int, str] | None
+    argv: list[str],
+    log: str,
+    env: dict[str, str | None],
+    hide: str,
+    fault: tuple[int, str] | None,
+    inject: str,
 ) -> None:
     """Become a job: what `python -m gossamer.train` does, with stderr and stdout in `log`.
 
-    `hide` names a package that cannot be imported, `fault` the save and the point to die at.
+    A variable of `env` that is None is unset. `hide` names a package that cannot be imported,
+    `fault` the save and the point to die at, `inject` a function to call first, as FILE:NAME.
     A first argument that is a Python file is run in place of the trainer.
     """
     output = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(env)
+    os.environ.update({name: value for name, value in env.items() if value is not None})
+    for name in (name for name, value in env.items() if value is None):
+        os.environ.pop(name, None)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
     if hide:
         sys.modules[hide] = None  # type: ignore[assignment]
     if fault is not None:
         die_in_save(*fault)
+    if inject:
+        file, _, name = inject.rpartition(":")
+        runpy.run_path(file)[name]()
     try:
         if argv[:1] and argv[0].endswith(".py"):
             sys.argv, code = argv, 0

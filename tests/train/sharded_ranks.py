@@ -56,8 +56,12 @@ def main() -> None:
         assert (own - mean).norm() < 0.01 * mean.norm(), name
 
     norm = nn.utils.clip_grad_norm_(model.parameters(), torch.inf) / 2
-    assert abs(parallel.clip(parameters, 1e-3) - float(norm)) < 1e-5 * norm
-    assert abs(parallel.clip(parameters, torch.inf) - 1e-3) < 1e-6
+    found = parallel.norm(parameters)
+    assert abs(float(found) - float(norm)) < 1e-5 * norm
+    parallel.clip(parameters, found, torch.inf)
+    assert torch.equal(parallel.norm(parameters), found)
+    parallel.clip(parameters, found, 1e-3)
+    assert abs(float(parallel.norm(parameters)) - 1e-3) < 1e-6
     accelerator.end_training()
     print("all agree")  # noqa: T201
 

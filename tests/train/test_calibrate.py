@@ -320,6 +320,7 @@ def test_a_calibration_of_other_masks_or_another_model_is_refused(
             make_job(model__path=tmp_path / name / "export").student(0)
 
 
+@pytest.mark.case("F9")
 def test_a_forced_change_of_sparsity_calibrates_again_and_takes_the_new_masks(
     lab: Any, launcher: Any, tmp_path: Path
 ) -> None:

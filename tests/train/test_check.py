@@ -64,6 +64,7 @@ def test_a_report_alone_needs_nothing_but_a_device(tmp_path: Path) -> None:
     assert preflight(cfg, ["report"]).keys() == {"device"}
 
 
+@pytest.mark.case("C6")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a CUDA device")
 def test_cuda_is_refused_where_there_is_none() -> None:
     with pytest.raises(Refusal, match="device=cuda: allowed is cpu or auto"):

@@ -113,6 +113,7 @@ def test_exporting_the_same_checkpoint_again_is_skipped(run: Any, lab: Any, laun
     assert {f: f.stat().st_mtime_ns for f in (run.folder / "export").rglob("*")} == before
 
 
+@pytest.mark.case("C11")
 def test_an_export_of_anything_else_is_kept_unless_overwriting_is_asked_for(
     run: Any, lab: Any, launcher: Any
 ) -> None:

@@ -46,6 +46,7 @@ def assert_stopped(run: Any, after: int) -> None:
     assert (run.folder / checkpoint.LOCK).read_text() == ""
 
 
+@pytest.mark.case("F6", "F7")
 def test_a_run_and_its_data_workers_told_to_stop_twice_ends_as_the_unbroken_one(
     unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
@@ -70,18 +71,23 @@ def test_a_run_and_its_data_workers_told_to_stop_twice_ends_as_the_unbroken_one(
     assert lab.run(tmp_path).weights == unbroken.weights
 
 
-def test_a_second_signal_ends_at_once(lab: Any, launcher: Any, tmp_path: Path) -> None:
+@pytest.mark.case("F6")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_second_signal_ends_at_once(
+    number: signal.Signals, lab: Any, launcher: Any, tmp_path: Path
+) -> None:
     slow = {"batch_size": 128, "grad_accumulation": 128, "checkpoint_every": 1}
     running = launcher.start(lab.student(tmp_path, **slow))
     running.when(lambda: (tmp_path / "student" / "checkpoints" / "step-1").exists())
-    running.send(signal.SIGTERM)
+    running.send(number)
     time.sleep(0.3)
-    running.send(signal.SIGTERM)
+    running.send(signal.SIGINT)
     done = running.wait()
-    assert done.code == -signal.SIGTERM and "stopped by" not in done.text
+    assert done.code == -signal.SIGINT and "stopped by" not in done.text
     assert lab.run(tmp_path).newest.name == "step-1"
 
 
+@pytest.mark.case("F6")
 @pytest.mark.multi
 def test_a_signal_to_one_process_stops_both_at_the_same_step(
     lab: Any, launcher: Any, tmp_path: Path

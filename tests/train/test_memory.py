@@ -2,6 +2,7 @@
 
 import gc
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from gossamer.benchmarks.training_step import Step
 from gossamer.train.check import check
-from gossamer.train.cli import main
 from gossamer.train.config import compose
 from gossamer.train.live_bytes import LikeCuda, LiveBytes
 from gossamer.train.memory import Split, advice, estimate
-from gossamer.train.refusal import Refusal
+from gossamer.train.memory_limit import within_memory
+from gossamer.train.refusal import OutOfMemory, Refusal
 
 BLOCKS = ["layout.q_block=64", "layout.kv_block=64"]
 LATENT, TEXT = (4, 4, 16, 16), (16, 32)  # 256 tokens
@@ -238,21 +239,17 @@ def test_check_tells_the_memory_of_a_step(tmp_path: Any) -> None:
     assert " GiB at the peak, in " in facts["memory"] and "activations" in facts["memory"]
 
 
-def test_running_out_of_memory_names_the_plan_and_three_settings(
-    tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run(cfg: Any, stages: list[str]) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a lot")
-
-    monkeypatch.setattr("gossamer.train.job.run", run)
-    where = [f"data.source={__file__}", f"data.dir={tmp_path}/data", f"runs_dir={tmp_path}/runs"]
-    monkeypatch.setattr("gossamer.train.check._check_data", lambda cfg, *_: cfg.data)
-    command = ["train", "recipe=demo", *where, "device=cpu"]
-    assert main(command) == 4
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "Tried to allocate 2 GiB; planned for a training step: " in said
-    assert said.endswith(
-        "try gradient_checkpointing=true, grad_accumulation=4, teacher=cached noise_draws=16"
+def test_running_out_of_memory_names_settings_for_the_stage(tmp_path: Any) -> None:
+    where = [f"data.dir={tmp_path}/data", f"runs_dir={tmp_path}/runs", "device=cpu"]
+    job: Any = SimpleNamespace(cfg=compose(["recipe=demo", *where]), device=torch.device("cpu"))
+    said = {}
+    for stage in ("train", "calibrate"):
+        with pytest.raises(OutOfMemory) as end, within_memory(job, stage):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
+        said[stage] = str(end.value)
+        assert end.value.code == 4 and "Tried to allocate 2 GiB." in said[stage]
+    assert "room for a training step: " in said["train"]
+    assert said["train"].endswith(
+        "set gradient_checkpointing=true, grad_accumulation=4, teacher=cached noise_draws=16"
     )
-    with pytest.raises(torch.OutOfMemoryError):
-        main([*command, "debug=true"])
+    assert "set evaluation.batch_size=1, allocation=uniform, a smaller data" in said["calibrate"]

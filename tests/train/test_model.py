@@ -112,6 +112,7 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
     refused(folder, shards[1].name)
 
 
+@pytest.mark.case("N5")
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -23,6 +23,7 @@ def assert_same(run: Any, alone: Any) -> None:
     assert max(float((ours[n] - single[n]).abs().max()) for n in ours) < 1e-4
 
 
+@pytest.mark.case("R5", "R6")
 def test_accelerate_launch_of_two_processes_gives_the_losses_of_one(
     unbroken: Any, lab: Any, tmp_path: Path
 ) -> None:
@@ -64,6 +65,7 @@ def test_single_clips_in_two_processes_give_the_losses_of_single_clips_in_one(
     assert_same(lab.run(two), lab.run(one))
 
 
+@pytest.mark.case("F9", "R1")
 @pytest.mark.parametrize("first", ["one", "two"])
 def test_a_run_goes_on_in_another_number_of_processes(
     first: str, unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
@@ -89,6 +91,7 @@ def test_a_refusal_of_the_first_process_ends_both_and_is_said_once(
     assert "Traceback" not in first.text and second.text == ""
 
 
+@pytest.mark.case("C8")
 def test_a_batch_that_does_not_divide_is_refused_before_any_work(
     lab: Any, launcher: Any, tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def test_a_wrong_setting_is_refused_before_any_work(
     assert set(left) <= {"run.lock", "config.yaml"}
 
 
+@pytest.mark.case("C6")
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -86,6 +87,7 @@ def test_triton_is_refused_where_it_cannot_run(
     assert said in refused(launcher, lab.student(tmp_path, **BACKEND), **options)
 
 
+@pytest.mark.case("C8", "N4")
 def test_fp16_is_refused_before_the_processes_meet(lab: Any, launcher: Any, tmp_path: Path) -> None:
     line = refused(launcher, lab.student(tmp_path), env={"ACCELERATE_MIXED_PRECISION": "fp16"})
     assert "mixed_precision=fp16: allowed is no or bf16" in line
@@ -167,6 +169,7 @@ def finished(lab: Any, launcher: Any, tmp_path_factory: pytest.TempPathFactory) 
     return lab.run(runs)
 
 
+@pytest.mark.case("F8")
 def test_a_run_folder_of_another_config_shows_the_difference_and_can_be_forced(
     finished: Any, lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
@@ -193,6 +196,7 @@ def test_a_run_folder_whose_config_cannot_be_read_is_refused(
     assert "a config that can be read" in line
 
 
+@pytest.mark.case("F8")
 def test_a_run_folder_that_cannot_be_written_is_refused(
     lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
@@ -201,6 +205,7 @@ def test_a_run_folder_that_cannot_be_written_is_refused(
     assert "a folder to write into" in line
 
 
+@pytest.mark.case("F9")
 def test_a_checkpoint_of_another_model_is_refused_with_its_first_keys(
     finished: Any, lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
@@ -212,6 +217,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_its_first_keys(
     assert "a checkpoint of this model (29 tensors differ: blocks.2." in line
 
 
+@pytest.mark.case("F11")
 def test_a_run_that_another_process_holds_is_refused(
     lab: Any, launcher: Any, tmp_path: Path
 ) -> None:

@@ -285,6 +285,7 @@ def program(tmp_path: Path, mode: str, *flags: str, **variables: str) -> tuple[i
     return process.wait(), output.decode()
 
 
+@pytest.mark.case("F12")
 def test_an_offline_wandb_run_needs_no_login_and_writes_no_secret(tmp_path: Path) -> None:
     code, output = program(tmp_path, "offline", f"--token={KEY}", WANDB_API_KEY=KEY)
     assert code == 0 and KEY in output, output
@@ -297,11 +298,13 @@ def test_an_offline_wandb_run_needs_no_login_and_writes_no_secret(tmp_path: Path
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
 
 
+@pytest.mark.case("F12")
 def test_an_offline_wandb_run_outlives_its_folder(tmp_path: Path) -> None:
     code, output = program(tmp_path, "offline", "--delete")
     assert code == 0 and "Traceback" not in output, output
 
 
+@pytest.mark.case("F12")
 @pytest.mark.parametrize("variables", [{}, {"WANDB_API_KEY": "short"}], ids=["no key", "bad key"])
 def test_wandb_online_without_a_usable_key_is_refused_even_at_a_terminal(
     tmp_path: Path, variables: dict[str, str]
@@ -311,6 +314,7 @@ def test_wandb_online_without_a_usable_key_is_refused_even_at_a_terminal(
     assert "Traceback" not in output and "short" not in output
 
 
+@pytest.mark.case("F12")
 def test_wandb_online_without_a_server_is_recorded_offline(tmp_path: Path) -> None:
     code, output = program(tmp_path, "online", WANDB_API_KEY=KEY, WANDB_MODE="disabled")
     assert code == 0, output

@@ -40,25 +40,42 @@ def kill_during_training(
     assert running.kill().code == -9
 
 
-@pytest.mark.parametrize(
-    "kills", [3, pytest.param(12, marks=pytest.mark.slow)], ids=lambda kills: f"{kills}-kills"
-)
-def test_a_run_killed_at_random_moments_ends_as_the_unbroken_one(
-    kills: int, unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
-) -> None:
-    chance, run = random.Random(kills), lab.run(tmp_path)
-    rows = sorted(chance.sample(range(1, STEPS - 3), kills))
-    for row in rows:
-        kill_during_training(lab, launcher, tmp_path, row, chance.uniform(0, 0.03))
-        whole = checkpoint.latest(run.folder / "checkpoints")
-        assert whole is not None or row <= 4
-    done = launcher.run(lab.student(tmp_path, **SETTINGS))
-    assert done.code == 0 and "which died" in done.text
+def assert_same(run: Any, unbroken: Any) -> None:
+    """Require equal losses, learning rates, gradient norms and bits of all tensors."""
     assert run.losses == unbroken.losses
     assert run.weights == unbroken.weights
     assert not list((run.folder / "checkpoints").glob(".*"))
 
 
+@pytest.mark.case("F1")
+def test_a_run_killed_at_a_random_moment_ends_as_the_unbroken_one(
+    rounds: Any, unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    chance = random.Random(1)
+    for number in rounds(2, 50):
+        runs = tmp_path / str(number)
+        row = chance.randrange(STEPS - 3)
+        kill_during_training(lab, launcher, runs, row, chance.uniform(0, 0.03))
+        done = launcher.run(lab.student(runs, **SETTINGS))
+        assert done.code == 0 and "which died" in done.text
+        assert_same(lab.run(runs), unbroken)
+
+
+@pytest.mark.case("F7")
+def test_a_run_killed_two_and_five_times_ends_as_the_unbroken_one(
+    rounds: Any, unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    chance = random.Random(7)
+    for number in rounds(1, 10):
+        runs = tmp_path / str(number)
+        for row in sorted(chance.sample(range(1, STEPS - 3), 2 if number % 2 else 5)):
+            kill_during_training(lab, launcher, runs, row, chance.uniform(0, 0.03))
+            assert checkpoint.latest(runs / "student" / "checkpoints") is not None or row <= 4
+        assert launcher.run(lab.student(runs, **SETTINGS)).code == 0
+        assert_same(lab.run(runs), unbroken)
+
+
+@pytest.mark.case("F2")
 @pytest.mark.parametrize(
     "deaths",
     [
@@ -76,10 +93,10 @@ def test_a_run_that_dies_twice_inside_a_save_ends_as_the_unbroken_one(
         assert launcher.run(overrides, fault=fault).code == -9
     done = launcher.run(overrides)
     assert done.code == 0, done.text
-    assert lab.run(tmp_path).losses == unbroken.losses
-    assert lab.run(tmp_path).weights == unbroken.weights
+    assert_same(lab.run(tmp_path), unbroken)
 
 
+@pytest.mark.case("F5", control=True)
 @pytest.mark.parametrize(
     ("group", "field", "same"),
     [
@@ -111,10 +128,27 @@ def test_a_resume_without_part_of_the_state_is_noticed(
     assert equal == list(same)
 
 
-@pytest.mark.slow
-def test_a_whole_job_killed_once_at_each_of_ten_random_moments_ends_as_the_unbroken_one(
-    lab: Any, launcher: Any, tmp_path: Path
+@pytest.mark.case("F5", control=True)
+@pytest.mark.parametrize("broken", ["schedule", "samples", "noise"])
+def test_a_resume_that_forgets_where_it_was_is_noticed(
+    broken: str, unbroken: Any, lab: Any, launcher: Any, injection: Any, tmp_path: Path
 ) -> None:
+    overrides = lab.student(tmp_path, **SETTINGS)
+    assert launcher.run(overrides, fault=(3, "after-rename")).code == -9
+    assert launcher.run(overrides, inject=injection(f"{broken}_from_zero")).code == 0
+    with pytest.raises(AssertionError):
+        assert_same(lab.run(tmp_path), unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.case("F1")
+def test_a_whole_job_killed_once_at_each_of_ten_random_moments_ends_as_the_unbroken_one(
+    rounds: Any, lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    often = list(rounds(0, 10))
+    if not often:
+        pytest.skip("in full counts only")
+
     def overrides(name: str) -> list[str]:
         data = {"data.dir": tmp_path / name / "data", "codec.path": lab.teacher / "codec"}
         return lab.overrides(tmp_path / name, {**lab.student_settings, **EVERYTHING, **data})
@@ -122,7 +156,7 @@ def test_a_whole_job_killed_once_at_each_of_ten_random_moments_ends_as_the_unbro
     start, chance = time.monotonic(), random.Random(0)
     assert launcher.run(overrides("unbroken")).code == 0
     duration = time.monotonic() - start
-    for attempt in range(10):
+    for attempt in often:
         running = launcher.start(overrides(str(attempt)))
         time.sleep(chance.uniform(0, duration))
         killed = running.kill()
