@@ -76,6 +76,8 @@ def write_run(folder: Path, evaluation: dict[str, Any], *, repeats: tuple[int, .
         write_metrics(folder / "repeats" / f"seed-{seed}")
     write_json(folder / "evaluation" / "evaluation.json", evaluation)
     write_sample(folder / "evaluation" / "samples" / "clip-0.npz")
+    (folder / "calibration").mkdir()
+    (folder / "calibration" / "calibration.txt").write_text("head 0: k 0.1 <because>\n")
     write_json(
         folder / "calibration" / "calibration.json",
         {
@@ -277,6 +279,7 @@ def test_a_report_leaves_out_what_the_run_does_not_have_and_says_so(tmp_path: Pa
         "Measured density is not in evaluation.json.",
         "Captured attention mass is not in evaluation.json.",
         "calibration/calibration.json is not in this run: no error curves.",
+        "calibration/calibration.txt is not in this run.",
         "No sampled videos are in this run.",
         "config.yaml is not in this run.",
     ):

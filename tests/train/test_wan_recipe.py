@@ -127,7 +127,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["data.height=488"], "data.height=61 latents"),
         (["data.condition=first_frame"], "data.condition=none"),
         (["model.condition=first_frame", "data.condition=first_frame"], "codec.channels=16"),
-        (["policy.k=0.06"], "sparsity=0.95: allowed is at most 0.9395"),
+        (["policy.k=0.06"], "sparsity=0.95: allowed is at most 0.9400"),
         (["sparsity=0.999", "allocation=velocity"], "1 of 512 blocks"),
         (["data.holdout=0"], "data.holdout=0"),
         (["layout.q_block=256", "backend=hopper"], "for backend 'hopper'"),
