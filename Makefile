@@ -22,7 +22,7 @@ install: $(VENV)/.installed
 dev: $(VENV)/.developed
 
 test: dev
-	@gpu=$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "not gpu")') && \
+	@gpu=$$($(BIN)/python -c 'import torch; print("not full" + " and not gpu" * (not torch.cuda.is_available()))') && \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal -m "$$gpu"
 
 FAULTS ?= full

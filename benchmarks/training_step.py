@@ -27,9 +27,10 @@ from gossamer.train.config import build, compose
 from gossamer.train.distiller import Distiller
 from gossamer.train.draws import Draws, Noised
 from gossamer.train.files import write_atomic
-from gossamer.train.loop import Progress, TrainSettings, mean_density, parameter_groups
+from gossamer.train.loop import TrainSettings, mean_density
 from gossamer.train.lora import add_adapters
 from gossamer.train.memory import GIB, estimate
+from gossamer.train.progress import Progress, parameter_groups
 from gossamer.train.teacher import Cached, Frozen, Offloaded, Shared
 
 SHAPES = {

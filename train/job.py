@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gossamer.sparse.allocation import Fixed
 from gossamer.sparse.attach import attach, method_from_spec
-from gossamer.train import checkpoint, loop
+from gossamer.train import checkpoint, progress
 from gossamer.train.calibrate import Calibrator
 from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
 from gossamer.train.check import is_sparse, preflight
@@ -312,7 +312,7 @@ class Job:
         tensors, state = checkpoint.load(newest)
         model = self.student(seed)
         check_base(model, state.get("base"), newest)
-        loop.load_student(model, tensors["model"], newest)
+        progress.load_student(model, tensors["model"], newest)
         for name, parameter in model.named_parameters():
             if name in tensors.get("ema", {}):
                 parameter.data.copy_(tensors["ema"][name])

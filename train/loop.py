@@ -22,12 +22,11 @@ from gossamer.train.density_controller import DensityController
 from gossamer.train.distiller import Distiller
 from gossamer.train.health import WINDOW, Health, tell
 from gossamer.train.interrupt import Stop, stoppable
-from gossamer.train.lora import base_of, check_base, trained_state
 from gossamer.train.optimizers import AdamW, Numbers
 from gossamer.train.parallel import Parallel
 from gossamer.train.processes import agreed, averaged
+from gossamer.train.progress import Progress, parameter_groups
 from gossamer.train.refusal import DiskFailed, Refusal
-from gossamer.train.sharded import Groups, gathered, shared_like
 from gossamer.train.trackers import MetricsLog, Tracker
 from gossamer.train.watch import Watch
 
@@ -74,88 +73,6 @@ class TrainSettings(Numbers):
                 f"set batch_size={-(-self.batch_size // parts) * parts}, or less grad_accumulation",
             )
         return self.batch_size // parts
-
-
-@dataclass
-class Progress:
-    """The student in training and all that a checkpoint restores."""
-
-    student: nn.Module
-    optimizer: torch.optim.Optimizer
-    controller: DensityController
-    health: Health
-    step: int = 0  # optimizer steps done
-    ema: dict[str, Tensor] = field(default_factory=dict)
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.student.named_parameters() if p.requires_grad}
-
-    def start_ema(self) -> None:
-        """Begin the averages of all but the masks, which keep the density they were given."""
-        masks = set(mask_parameters(self.student).values())
-        trained = self.named_parameters().items()
-        self.ema = {n: p.detach().clone() for n, p in trained if p not in masks}
-
-    @torch.no_grad()
-    def update_ema(self, decay: float) -> None:
-        parameters = self.named_parameters()
-        for name, average in self.ema.items():
-            average.lerp_(parameters[name], 1 - decay)
-
-    def tensors(self, *, keep: bool) -> Groups:
-        """Return what a checkpoint holds, where `keep`; all processes call it."""
-        optimizer, _ = checkpoint.optimizer_tensors(self.optimizer, self.named_parameters())
-        groups = {"model": trained_state(self.student), "optimizer": optimizer}
-        if self.ema:
-            groups["ema"] = self.ema
-        return gathered(groups, keep=keep)
-
-    def save(self, folder: Path, keep: int, groups: Groups) -> Path | None:
-        """Write a checkpoint of `tensors`; None when the disk refused it."""
-        _, optimizer = checkpoint.optimizer_tensors(self.optimizer, self.named_parameters())
-        state = {
-            "step": self.step,
-            "optimizer": optimizer,
-            "density": self.controller.state,
-            "health": self.health.state,
-            "base": base_of(self.student),
-        }
-        return checkpoint.save(folder, self.step, tensors=groups, state=state, keep=keep)
-
-    def restore(self, path: Path) -> None:
-        tensors, state = checkpoint.load(path)
-        check_base(self.student, state.get("base"), path)
-        load_student(self.student, tensors["model"], path)
-        checkpoint.load_optimizer(
-            self.optimizer, self.named_parameters(), tensors["optimizer"], state["optimizer"]
-        )
-        own, ema = self.named_parameters(), tensors.get("ema", {})
-        self.ema = {name: shared_like(tensor, own[name]) for name, tensor in ema.items()}
-        self.controller.load_state(state["density"])
-        self.health.load_state(state.get("health", self.health.state))
-        self.step = state["step"]
-
-
-def load_student(student: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Load a checkpoint's student; the mask budgets (its buffers) stay those of the calibration.
-
-    Refusal with the first odd keys when the checkpoint is of another model.
-    """
-    own = trained_state(student)
-    odd = sorted(set(own) ^ set(state))
-    odd += sorted(n for n in set(own) & set(state) if own[n].shape != state[n].shape)
-    if odd:
-        raise Refusal(
-            "checkpoint",
-            path,
-            f"a checkpoint of this model ({len(odd)} tensors differ: {', '.join(odd[:5])})",
-            "use the recipe and model that wrote it, or another run name",
-        )
-    budgets = {name: own[name] for name, _ in student.named_buffers() if name in own}
-    if any(not torch.equal(tensor.cpu(), state[name]) for name, tensor in budgets.items()):
-        log.warning("%s was trained with other mask budgets than the calibration's", path)
-    loaded = {name: shared_like(tensor, own[name]) for name, tensor in state.items()}
-    student.load_state_dict({**loaded, **budgets}, strict=False)  # keys were compared above
 
 
 def train(
@@ -367,29 +284,6 @@ def _memory(device: torch.device) -> dict[str, float]:
     if device.type != "cuda":
         return {}
     return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
-
-
-def parameter_groups(student: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: the model's weights, and the mask parameters without decay."""
-    masks = [p for p in mask_parameters(student).values() if p.requires_grad]
-    groups = [
-        {
-            "params": [p for p in student.parameters() if p.requires_grad and p not in set(masks)],
-            "lr_multiple": 1.0,
-            "weight_decay": settings.weight_decay,
-        },
-        {
-            "params": [p for p in masks if p.ndim == 1],
-            "lr_multiple": settings.mask_numbers,
-            "weight_decay": 0.0,
-        },
-        {
-            "params": [p for p in masks if p.ndim > 1],
-            "lr_multiple": settings.mask_matrices,
-            "weight_decay": 0.0,
-        },
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def mean_density(model: nn.Module) -> float:

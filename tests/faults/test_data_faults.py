@@ -302,7 +302,7 @@ def data(tmp_path: Path) -> Path:
     return write_data(tmp_path / "data")
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.full)])
 def test_d3_no_mutation_of_a_shard_is_silent(
     count: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -533,7 +533,7 @@ def test_d7_a_worker_killed_in_the_midst_ends_the_loop_at_once(data: Path) -> No
     assert os.waitstatus_to_exitcode(ended[1]) == 7 and ended[0] == pid
 
 
-@pytest.mark.parametrize("decodes", [300, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("decodes", [300, pytest.param(5000, marks=pytest.mark.full)])
 def test_d9_memory_does_not_grow_with_decodes(decodes: int, tmp_path: Path) -> None:
     """Growth of less than 1 % in 1 000 decodes, after a third of them to warm up."""
     path = write_video(tmp_path / "v.mp4", 2)

@@ -91,7 +91,7 @@ def test_adapters_and_a_shared_teacher_in_shards_give_the_run_of_one(
     assert_same(lab.run(two), lab.run(one))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_copies_of_two_shards_that_share_clips_give_the_run_of_one(
     unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
 ) -> None:

@@ -11,7 +11,8 @@ import gossamer
 from gossamer.sparse.attach import STATE_NAME, mask_parameters, mask_state
 from gossamer.train import checkpoint
 from gossamer.train.evaluate import noisy_samples, velocities
-from gossamer.train.loop import TrainSettings, parameter_groups
+from gossamer.train.loop import TrainSettings
+from gossamer.train.progress import parameter_groups
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "budgets": {"policy": "trained_hybrid"},

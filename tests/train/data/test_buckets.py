@@ -142,7 +142,7 @@ def test_a_run_with_buckets_is_the_same_from_url_with_ranks_and_after_a_stop(
         assert step == other and row == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_buckets_compile_once_each_and_then_never_again() -> None:
     """Every function is compiled at most once a bucket, and never after the first round."""
     import torch._dynamo.utils as dynamo
