@@ -1,7 +1,8 @@
-"""What a study found, as a page; and a film for its arms on data that do not match.
+"""What a study found, as a page; its teacher's attention mass; a film for mismatched data.
 
 python -m gossamer.train.study numbers RESULTS.jsonl PAGE.md
 python -m gossamer.train.study page RESULTS.jsonl SWEEP_FOLDER PAGE.html [--arms C F]
+python -m gossamer.train.study mass PAGE.md recipe=study model.path=TEACHER layout.block=[4,4,4]
 """
 
 import argparse
@@ -28,8 +29,15 @@ def main(arguments: list[str]) -> int:
     film = commands.add_parser("film", help="a procedural film")
     film.add_argument("page", type=Path, metavar="film")
     film.add_argument("--shots", type=int, default=24)
+    mass = commands.add_parser("mass", help="how concentrated a dense model's attention is")
+    mass.add_argument("page", type=Path)
+    mass.add_argument("overrides", nargs="*")
+    mass.add_argument("--clips", type=int, default=8)
     options = parser.parse_args(arguments)
     try:
+        if options.command == "mass":
+            sys.stdout.write(f"{_write_mass(options)}\n")
+            return 0
         if options.command == "film":
             from gossamer.train.study.procedural import write_film
 
@@ -50,6 +58,19 @@ def main(arguments: list[str]) -> int:
         return 2
     sys.stdout.write(f"{written}\n")
     return 0
+
+
+def _write_mass(options: argparse.Namespace) -> Path:
+    from gossamer.train.config import compose
+    from gossamer.train.files import write_atomic
+    from gossamer.train.job import Job, make_accelerator
+    from gossamer.train.study.mass import mass_curves, tables
+
+    cfg = compose(options.overrides)
+    found = mass_curves(Job(cfg, make_accelerator(cfg), []), options.clips)
+    write_atomic(options.page, tables(found, list(cfg.evaluation.noise_levels)))
+    written: Path = options.page
+    return written
 
 
 if __name__ == "__main__":
