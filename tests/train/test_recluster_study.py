@@ -1,0 +1,21 @@
+"""The study of re-clustering: what it counts, on the tiny teacher."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gossamer.train.recluster_study import main
+
+
+def test_every_step_clusters_all_and_an_endless_growth_only_the_first(
+    lab: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--steps", "4", "--keep", "1e9", "--clusters", "4", "8", "--sparsity", "0.5"]
+    assert main([*lab.student(tmp_path), *flags]) == 0
+    head, _, every, first = capsys.readouterr().out.splitlines()
+    assert head == "| steps | cluster again | clusterings | mean error | last error |"
+    assert every.startswith("| 4 | every step | 100% | ")
+    assert first.startswith("| 4 | growth 1e+09 | 25% | ")
+    errors = [float(row.split(" | ")[3]) for row in (every, first)]
+    assert all(0 < error < 1 for error in errors) and errors[0] != errors[1]
