@@ -77,9 +77,8 @@ def preflight(cfg: DictConfig, stages: list[str], *, plan_memory: bool = False) 
     dtype = attention_dtype()
     facts["precision"] = str(dtype).removeprefix("torch.")
     if is_sparse(cfg):
-        for other in grids:
-            _check_sparsity(cfg, model, other, dtype, device)
-        facts |= _check_sparsity(cfg, model, grid, dtype, device)
+        found = [_check_sparsity(cfg, model, each, dtype, device) for each in grids]
+        facts |= found[grids.index(grid)]
         _check_calibration_path(cfg)
     if cfg.seed in cfg.repeat_seeds:
         fix = "they come after it"
@@ -366,13 +365,19 @@ def _check_sequence(
 def _batch(cfg: DictConfig, launch: Launch) -> str:
     """Say how a batch is split; refuse one that does not divide over the processes."""
     parts, per_sample = cfg.grad_accumulation, cfg.sequence_parallel
-    groups = launch.processes // per_sample
-    settings = TrainSettings(steps=cfg.steps, batch_size=cfg.batch_size, grad_accumulation=parts)
-    clips = settings.micro_batch(groups)
+    groups, clips = _shares(cfg, launch)
     shared = f" (each of {per_sample} processes)" if per_sample > 1 else ""
     shards = f"; weights in {launch.shard} shards" if launch.shard > 1 else ""
     split = f"processes {groups}{shared} x parts {parts} x {clips} at once"
     return f"{cfg.batch_size} clips = {split}{shards}"
+
+
+def _shares(cfg: DictConfig, launch: Launch) -> tuple[int, int]:
+    """Return how many groups of processes share a batch, and the clips of one forward in each."""
+    groups = launch.processes // cfg.sequence_parallel
+    parts = cfg.grad_accumulation
+    settings = TrainSettings(steps=cfg.steps, batch_size=cfg.batch_size, grad_accumulation=parts)
+    return groups, settings.micro_batch(groups)
 
 
 def _memory(
@@ -390,8 +395,7 @@ def _memory(
         sequence=cfg.sequence_parallel,
         teacher_sharded=launch.shard > 1,
     )
-    groups = launch.processes // cfg.sequence_parallel
-    clips = cfg.batch_size // cfg.grad_accumulation // groups
+    clips = _shares(cfg, launch)[1]
     try:
         needed = estimate(cfg, latent, text, dtype=dtype, clips=clips).divided(split)
     except ValueError as error:  # no GPU's kernel takes this method

@@ -11,10 +11,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from gossamer.sparse.attach import attentions
 from gossamer.train.distiller import Distiller
+from gossamer.train.sharded import local
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +168,5 @@ def _watched(distiller: Distiller, found: Callable[[str], None]) -> Iterator[Non
 def _is_bad(tensor: object) -> bool:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         return False
-    if isinstance(tensor, DTensor):  # without a word to other processes: some look, some do not
-        tensor = tensor.to_local()
-    return not bool(tensor.isfinite().all())
+    # without a word to other processes: some look, some do not
+    return not bool(local(tensor).isfinite().all())

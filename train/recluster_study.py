@@ -53,8 +53,8 @@ def main(arguments: list[str]) -> int:
     noise = noise.expand(len(clips), *noise.shape).to(job.device)
     num_q, num_kv = options.clusters
     base = method_named("svg_ear", options.sparsity)
-    print("| steps | cluster again | clusterings | mean error | last error |")  # noqa: T201
-    print("|---" * 5 + "|")  # noqa: T201
+    sys.stdout.write("| steps | cluster again | clusterings | mean error | last error |\n")
+    sys.stdout.write("|---" * 5 + "|\n")
     with job.autocast(), torch.no_grad():
         for steps in options.steps:
             path = dense_path(model, noise, text, condition, steps, job.shift)
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
                 rule = "every step" if keep is None else f"growth {keep:g}"
                 mean = sum(errors) / len(errors)
                 row = f"{steps} | {rule} | {share:.0%} | {mean:.4f} | {errors[-1]:.4f}"
-                print(f"| {row} |", flush=True)  # noqa: T201
+                sys.stdout.write(f"| {row} |\n")
     return 0
 
 

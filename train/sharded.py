@@ -24,7 +24,7 @@ def gathered(groups: Mapping[str, Mapping[str, Tensor]], *, keep: bool) -> Group
         for name, tensor in tensors.items():
             together = whole(tensor.detach())
             if keep:
-                found[group][name] = together.cpu() if together is not tensor else together
+                found[group][name] = together.cpu()
     return found
 
 
