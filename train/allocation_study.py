@@ -24,6 +24,7 @@ from gossamer.sparse.methods import NAMES, method_named
 from gossamer.train.calibrate import Calibrator
 from gossamer.train.config import compose
 from gossamer.train.evaluate import evenly, noisy_samples, velocities
+from gossamer.train.gauge import Gauge
 from gossamer.train.job import Job, make_accelerator
 from gossamer.train.measures import Sample
 from gossamer.train.model import velocity
@@ -134,13 +135,15 @@ def _of_level(calibrator: Calibrator, level: int) -> Calibrator:
         if s.level == level
     ]
     return Calibrator(
-        gauge.teacher,
-        calibrator.method,
-        samples,
-        noise_levels=[gauge.noise_levels[level]],
-        densities=gauge.densities,
-        probes=gauge.probes,
-        seed=gauge.seed,
+        Gauge(
+            gauge.teacher,
+            gauge.method,
+            samples,
+            noise_levels=[gauge.noise_levels[level]],
+            densities=gauge.densities,
+            probes=gauge.probes,
+            seed=gauge.seed,
+        )
     )
 
 

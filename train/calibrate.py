@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gossamer.sparse.allocation import (
     Allocation,
@@ -20,14 +20,12 @@ from gossamer.sparse.allocation import (
     choose_layouts,
     give_out,
 )
-from gossamer.sparse.attention import SparseMethod
 from gossamer.sparse.layouts.clusters import Clusters
 from gossamer.sparse.layouts.per_head import CLUSTERS, PerHead
 from gossamer.sparse.policies import Hybrid
 from gossamer.sparse.token_share import TokenHybrid
 from gossamer.train.calibration import Calibration
 from gossamer.train.gauge import Gauge, Measured, Outcome
-from gossamer.train.measures import Sample
 from gossamer.train.refusal import Refusal
 
 BISECTIONS = 10  # of the density for an error budget
@@ -44,27 +42,8 @@ class Calibrator:
     What was measured is kept, so that several budgets of one teacher cost one measurement.
     """
 
-    def __init__(
-        self,
-        teacher: nn.Module,
-        method: SparseMethod,
-        samples: list[Sample],
-        *,
-        noise_levels: list[float],
-        densities: list[float],
-        probes: int,
-        seed: int,
-    ) -> None:
-        self.method = method
-        self.gauge = Gauge(
-            teacher,
-            method,
-            samples,
-            noise_levels=noise_levels,
-            densities=densities,
-            probes=probes,
-            seed=seed,
-        )
+    def __init__(self, gauge: Gauge) -> None:
+        self.gauge, self.method = gauge, gauge.method
 
     def run(
         self,

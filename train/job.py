@@ -28,6 +28,7 @@ from gossamer.train.data.quarantine import FILE as QUARANTINE
 from gossamer.train.data.shards import Manifest
 from gossamer.train.draws import Draws
 from gossamer.train.files import write_atomic
+from gossamer.train.gauge import Gauge
 from gossamer.train.launch import Launch, sharding_hidden
 from gossamer.train.lora import add_adapters, check_base
 from gossamer.train.memory_limit import within_memory
@@ -249,13 +250,15 @@ class Job:
         levels, batch_size = list(options.noise_levels), self.cfg.evaluation.batch_size
         samples = noisy_samples([dataset[i] for i in clips], levels, batch_size, self.device)
         return Calibrator(
-            teacher,
-            method_from_spec(self.method_spec),
-            samples,
-            noise_levels=levels,
-            densities=list(options.densities),
-            probes=options.probes,
-            seed=self.cfg.seed if options.seed is None else options.seed,
+            Gauge(
+                teacher,
+                method_from_spec(self.method_spec),
+                samples,
+                noise_levels=levels,
+                densities=list(options.densities),
+                probes=options.probes,
+                seed=self.cfg.seed if options.seed is None else options.seed,
+            )
         )
 
     def own_calibrator(self) -> Calibrator:

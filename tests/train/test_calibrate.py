@@ -14,6 +14,7 @@ from gossamer.sparse.attention import DenseAttention
 from gossamer.train.calibrate import BISECTIONS, Calibrator
 from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
 from gossamer.train.evaluate import measure_masks, noisy_samples, velocities
+from gossamer.train.gauge import Gauge
 from gossamer.train.job import run
 from gossamer.train.refusal import Refusal
 from gossamer.train.stages import REPORT
@@ -39,13 +40,15 @@ def samples_of(job: Any) -> list[Any]:
 
 def calibrator(job: Any, probes: int = 2) -> Calibrator:
     return Calibrator(
-        job.dense(),
-        method_from_spec(job.method_spec),
-        samples_of(job),
-        noise_levels=LEVELS,
-        densities=[0.1, 0.25, 0.5, 0.75],
-        probes=probes,
-        seed=0,
+        Gauge(
+            job.dense(),
+            method_from_spec(job.method_spec),
+            samples_of(job),
+            noise_levels=LEVELS,
+            densities=[0.1, 0.25, 0.5, 0.75],
+            probes=probes,
+            seed=0,
+        )
     )
 
 

@@ -15,6 +15,7 @@ from gossamer.train.calibrate import Calibrator
 from gossamer.train.calibration import Calibration
 from gossamer.train.check import preflight
 from gossamer.train.evaluate import measure_masks, noisy_samples
+from gossamer.train.gauge import Gauge
 from gossamer.train.refusal import Refusal
 from gossamer.train.reporting.calibration import lines
 
@@ -45,13 +46,15 @@ def samples_of(job: Any, split: str = "train") -> list[Any]:
 
 def calibrator(job: Any) -> Calibrator:
     return Calibrator(
-        job.dense(),
-        method_from_spec(job.method_spec),
-        samples_of(job),
-        noise_levels=LEVELS,
-        densities=[0.1, 0.25, 0.5],
-        probes=2,
-        seed=0,
+        Gauge(
+            job.dense(),
+            method_from_spec(job.method_spec),
+            samples_of(job),
+            noise_levels=LEVELS,
+            densities=[0.1, 0.25, 0.5],
+            probes=2,
+            seed=0,
+        )
     )
 
 
@@ -124,13 +127,15 @@ def curve_at(job: Any, order: str, sparsity: float) -> torch.Tensor:
     layout = {"_target_": f"{PerHead.__module__}.PerHead", "names": [order], "tile": [1, 2, 2]}
     spec = {**job.method_spec, "layout": {**layout, "q_block": 4, "kv_block": 4}}
     alone = Calibrator(
-        job.dense(),
-        method_from_spec(spec),
-        samples_of(job),
-        noise_levels=LEVELS,
-        densities=[0.1, 0.25, 0.5],
-        probes=2,
-        seed=0,
+        Gauge(
+            job.dense(),
+            method_from_spec(spec),
+            samples_of(job),
+            noise_levels=LEVELS,
+            densities=[0.1, 0.25, 0.5],
+            probes=2,
+            seed=0,
+        )
     ).run(WaterFill(measure="output"), sparsity=sparsity)
     return torch.tensor(alone.curve_error).mean(2)[..., 1]
 

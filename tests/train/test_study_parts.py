@@ -13,6 +13,7 @@ from gossamer.train.calibrate import Calibrator
 from gossamer.train.check import preflight
 from gossamer.train.config import compose
 from gossamer.train.evaluate import evenly, measure_masks, noisy_samples
+from gossamer.train.gauge import Gauge
 from gossamer.train.job import run
 from gossamer.train.refusal import Refusal
 
@@ -21,10 +22,10 @@ def test_one_mass_for_all_heads_meets_the_density_on_its_samples(make_job: Any) 
     job = make_job()
     dataset = job.dataset("train")
     samples = noisy_samples([dataset[2], dataset[7]], [0.7, 0.3], 2, job.device)
-    calibrator = Calibrator(
+    calibrator = Calibrator(Gauge(
         job.dense(), method_from_spec(job.method_spec), samples,
         noise_levels=[0.7, 0.3], densities=[0.1, 0.5], probes=1, seed=0,
-    )  # fmt: skip
+    ))  # fmt: skip
     for k, sparsity in ((0.0, 0.6), (0.1, 0.75)):
         result = calibrator.run(OneMass(k=k), sparsity=sparsity)
         assert {p for layer in result.p for p in layer} == {result.p[0][0]}
