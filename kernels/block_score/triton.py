@@ -76,7 +76,7 @@ def _forward(q_mean: Tensor, k_mean: Tensor, kv_offsets: Tensor, scale: float) -
     num_kv = k_mean.shape[2]
     score = q_mean.new_empty(batch, num_heads, num_q, num_kv)
     block_d = max(16, power_of_2(head_dim))
-    block_m, block_n = 32, 64 if block_d <= 128 else 32
+    block_m, block_n = (64, 64) if block_d <= 128 else (32, 32)
     with on_device(q_mean.device):
         _block_logits[(ceil_div(num_q, block_m), ceil_div(num_kv, block_n), batch * num_heads)](
             q_mean, k_mean, kv_offsets.contiguous(), score,

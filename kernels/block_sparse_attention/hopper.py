@@ -4,7 +4,7 @@ The formulas are those of triton.py. A producer warp walks the index lists and k
 full with TMA copies; one or two consumer warpgroups of 64 rows each compute with asynchronous
 wgmma. A program takes one tile, so that the GPU's own scheduler balances rows of unequal length;
 only the forward of 128 rows, which has its SM to itself and would wait for its first tile each
-time, stays resident and takes every n-th. TMA fills rows past the end of the sequence with 0 and
+time, stays resident and takes one of each round. Order: see order.py. TMA fills rows past the end of the sequence with 0 and
 drops them on the way out. (Tiles drawn from an atomic counter balance as well, but the 64-row
 forward lost some when lists were short; the cause was not found.)
 
@@ -15,7 +15,6 @@ Written for Triton 3.6, whose compiler asks for three habits:
 - wgmma tokens other than the accumulator must not cross the back edge of a loop.
 """
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..backend import on_device
 from ..blocks import Blocks
+from ..order import longest_first, outliers_first
 from ..tma import advance, aligned, describe_matrix, describe_rows
 
 _LOG2_E = gl.constexpr(1.4426950408889634)
@@ -117,13 +117,22 @@ def _num_column_steps(count, num_blocks, STEP: gl.constexpr):
 
 
 @gluon.jit
+def _there_and_back(slot, num_slots):
+    """Reverse every second round, so that no program gets the longest tile of each."""
+    programs = gl.num_programs(0)
+    start = slot // programs * programs
+    last = gl.minimum(start + programs, num_slots) - 1
+    return gl.where(slot // programs % 2 == 1, start + last - slot, slot)
+
+
+@gluon.jit
 def _fwd_producer(
     arguments, BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr, STEP: gl.constexpr,
     GROUPS: gl.constexpr, STAGES: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
     (
         q_desc, k_desc, v_desc, k_mean_desc, v_mean_desc, q_s, k_s, v_s, box_s, q_full, q_free,
-        k_full, k_free, v_full, v_free, num_blocks_ptr, indices_ptr, num_heads,
+        k_full, k_free, v_full, v_free, order_ptr, num_blocks_ptr, indices_ptr, num_heads,
         num_other, num_own_blocks, num_other_blocks, num_tiles,
     ) = arguments  # fmt: skip
     HALVES: gl.constexpr = 2 if STEP > BLOCK_KV else 1
@@ -131,8 +140,9 @@ def _fwd_producer(
     stage = 0
     phase = 1
     q_phase = 1
-    tile = gl.program_id(0)
-    while tile < num_tiles:
+    slot = gl.program_id(0)
+    while slot < num_tiles:
+        tile = gl.load(order_ptr + _there_and_back(slot, num_tiles))
         head = tile // num_own_blocks
         block = tile % num_own_blocks
         b = head // num_heads
@@ -167,7 +177,7 @@ def _fwd_producer(
                 mbarrier.wait(v_free.index(stage), phase)
                 _copy(v_mean_desc, b, h, at, at, v_full.index(stage), v_s.index(stage), STEP, 1)
                 stage, phase = advance(stage, phase, STAGES)
-        tile += gl.num_programs(0)
+        slot += gl.num_programs(0)
     mbarrier.wait(q_free, q_phase)
     _send(box_s.index(0), num_tiles)
     mbarrier.arrive(q_full, count=1)
@@ -334,7 +344,7 @@ def _fwd_consumer(
 
 @gluon.jit(do_not_specialize=_RUN_TIME)
 def _block_sparse_attention_fwd(
-    q_desc, k_desc, v_desc, out_desc, k_mean_desc, v_mean_desc, columns_ptr, lse_ptr,
+    q_desc, k_desc, v_desc, out_desc, k_mean_desc, v_mean_desc, columns_ptr, lse_ptr, order_ptr,
     num_blocks_ptr, indices_ptr, num_heads, num_own, num_other, num_own_blocks, num_other_blocks,
     column_tiles, num_tiles, scale_log2,
     BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr, STEP: gl.constexpr, HEAD_DIM: gl.constexpr,
@@ -368,7 +378,7 @@ def _block_sparse_attention_fwd(
         mbarrier.arrive(turn.index(0), count=1)
     producer = (
         q_desc, k_desc, v_desc, k_mean_desc, v_mean_desc, q_s, k_s, v_s, box_s, q_full, q_free,
-        k_full, k_free, v_full, v_free, num_blocks_ptr, indices_ptr, num_heads,
+        k_full, k_free, v_full, v_free, order_ptr, num_blocks_ptr, indices_ptr, num_heads,
         num_other, num_own_blocks, num_other_blocks, num_tiles,
     )  # fmt: skip
     consumer = (
@@ -851,7 +861,7 @@ def forward(
         columns, column_tiles = centroids.columns, centroids.columns.shape[3] // 128
     with on_device(q.device):
         _block_sparse_attention_fwd[_grid(q, num_tiles, config)](
-            *tiles, *means, columns, lse,
+            *tiles, *means, columns, lse, longest_first(blocks.kv_num_blocks),
             blocks.kv_num_blocks, blocks.kv_indices, q.shape[1], q.shape[2], k.shape[2],
             *blocks.kv_indices.shape[2:], column_tiles, num_tiles, scale * _LOG2_E.value,
             STEP=config.step, COLUMNS=centroids is not None,
@@ -920,32 +930,14 @@ def backward(
         )  # fmt: skip
         config = _BWD_DKV[blocks.kv_block_size]
         num_tiles = blocks.q_num_blocks.numel()
+        order = outliers_first(blocks.q_num_blocks, blocks.q_indices.shape[3])
         _block_sparse_attention_bwd_dkv[_grid(q, num_tiles, config)](
             *tiles, describe_matrix(rows, 1), describe_rows(dk, 64), describe_rows(dv, 64),
-            dk_parts, dv_parts, _column_order(blocks), blocks.q_num_blocks, blocks.q_indices,
+            dk_parts, dv_parts, order, blocks.q_num_blocks, blocks.q_indices,
             num_heads, num_kv, num_q, kv_blocks, q_blocks, num_parts, num_tiles, scale,
             COLUMNS=centroids is not None, **_meta(q, blocks, blocks.kv_block_size, config),
         )  # fmt: skip
     return dq, dk, dv
-
-
-def _column_order(blocks: Blocks) -> Tensor:
-    """Return the order in which dK/dV takes the kv blocks, int32 [B * H * Nk].
-
-    First those over four times as long as the mean, which would else end the kernel alone, the
-    longest first; then head by head, so that q and dO of a head stay in the L2 cache.
-    """
-    count = blocks.q_num_blocks.flatten(0, 1)  # [B * H, Nk]
-    place = _places(*count.shape, blocks.q_indices.shape[-1], count.device) - count
-    is_long = count > 4 * count.mean(dtype=torch.float32)
-    place = torch.where(is_long, -count, place)
-    return place.flatten().argsort(stable=True).to(torch.int32)
-
-
-@cache
-def _places(num_heads: int, num_blocks: int, num_q_blocks: int, device: torch.device) -> Tensor:
-    head = torch.arange(1, num_heads + 1, dtype=torch.int32, device=device)
-    return (head * (num_q_blocks + 1))[:, None].expand(-1, num_blocks)
 
 
 def _meta(q: Tensor, blocks: Blocks, own: int, config: _Config) -> dict[str, Any]:
