@@ -4,9 +4,9 @@ The formulas are those of triton.py. A producer warp walks the index lists and k
 full with TMA copies; one or two consumer warpgroups of 64 rows each compute with asynchronous
 wgmma. A program takes one tile, so that the GPU's own scheduler balances rows of unequal length;
 only the forward of 128 rows, which has its SM to itself and would wait for its first tile each
-time, stays resident and takes one of each round. Order: see order.py. TMA fills rows past the end of the sequence with 0 and
-drops them on the way out. (Tiles drawn from an atomic counter balance as well, but the 64-row
-forward lost some when lists were short; the cause was not found.)
+time, stays resident and takes every n-th; order.py says in which order. TMA fills rows past the end
+of the sequence with 0 and drops them on the way out. (Tiles drawn from an atomic counter balance as
+well, but the 64-row forward lost some when lists were short; the cause was not found.)
 
 Written for Triton 3.6, whose compiler asks for three habits:
 - The exponentials would sink below the next wgmma wait, and nothing would overlap. So the wait
@@ -33,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..backend import on_device
 from ..blocks import Blocks
-from ..order import longest_first, outliers_first
+from ..order import by_length, outliers_first
 from ..tma import advance, aligned, describe_matrix, describe_rows
 
 _LOG2_E = gl.constexpr(1.4426950408889634)
@@ -117,15 +117,6 @@ def _num_column_steps(count, num_blocks, STEP: gl.constexpr):
 
 
 @gluon.jit
-def _there_and_back(slot, num_slots):
-    """Reverse every second round, so that no program gets the longest tile of each."""
-    programs = gl.num_programs(0)
-    start = slot // programs * programs
-    last = gl.minimum(start + programs, num_slots) - 1
-    return gl.where(slot // programs % 2 == 1, start + last - slot, slot)
-
-
-@gluon.jit
 def _fwd_producer(
     arguments, BLOCK_Q: gl.constexpr, BLOCK_KV: gl.constexpr, STEP: gl.constexpr,
     GROUPS: gl.constexpr, STAGES: gl.constexpr, COLUMNS: gl.constexpr,
@@ -142,7 +133,7 @@ def _fwd_producer(
     q_phase = 1
     slot = gl.program_id(0)
     while slot < num_tiles:
-        tile = gl.load(order_ptr + _there_and_back(slot, num_tiles))
+        tile = gl.load(order_ptr + slot)
         head = tile // num_own_blocks
         block = tile % num_own_blocks
         b = head // num_heads
@@ -861,7 +852,7 @@ def forward(
         columns, column_tiles = centroids.columns, centroids.columns.shape[3] // 128
     with on_device(q.device):
         _block_sparse_attention_fwd[_grid(q, num_tiles, config)](
-            *tiles, *means, columns, lse, longest_first(blocks.kv_num_blocks),
+            *tiles, *means, columns, lse, by_length(blocks.kv_num_blocks),
             blocks.kv_num_blocks, blocks.kv_indices, q.shape[1], q.shape[2], k.shape[2],
             *blocks.kv_indices.shape[2:], column_tiles, num_tiles, scale * _LOG2_E.value,
             STEP=config.step, COLUMNS=centroids is not None,

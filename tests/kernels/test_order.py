@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gossamer.kernels.order import longest_first, outliers_first
+from gossamer.kernels.order import by_length, outliers_first
 
 
 def _counts(heads: int, rows: int, high: int, device: str) -> torch.Tensor:
@@ -14,16 +14,15 @@ def _counts(heads: int, rows: int, high: int, device: str) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("heads", "rows", "high"), [(1, 1, 5), (3, 7, 2), (2, 300, 40), (4, 513, 9)]
 )
-def test_rows_of_a_head_come_by_length_and_then_in_order(
+def test_rows_of_a_head_come_by_length_the_longest_first_in_every_second(
     device: str, heads: int, rows: int, high: int
 ) -> None:
     counts = _counts(heads, rows, high, device)
-    expected = [
-        head * rows + row
-        for head, of_head in enumerate(counts.flatten(0, 1).tolist())
-        for row in sorted(range(rows), key=lambda row: (-of_head[row], row))
-    ]
-    assert longest_first(counts).tolist() == expected
+    expected = []
+    for head, of_head in enumerate(counts.flatten(0, 1).tolist()):
+        rows_of_head = sorted(range(rows), key=lambda row: (-of_head[row], row))
+        expected += [head * rows + row for row in rows_of_head[:: -1 if head % 2 else 1]]
+    assert by_length(counts).tolist() == expected
 
 
 @pytest.mark.parametrize(("heads", "rows"), [(1, 1), (3, 7), (2, 300)])
