@@ -26,12 +26,12 @@ def _problem(
 
 @pytest.mark.parametrize(("k", "p", "guaranteed"), BUDGETS)
 @pytest.mark.parametrize(
-    ("shape", "own"), [((2, 1, 3, 7), True), ((1, 1, 2, 1), False), ((1, 2, 2, 130), False)]
+    ("shape", "own"), [((2, 1, 2, 7), True), ((1, 1, 2, 1), False), ((1, 2, 2, 130), False)]
 )
 def test_the_kernel_equals_the_sort(
     device: str, shape: tuple[int, int, int, int], own: bool, k: float, p: float, guaranteed: float
 ) -> None:
-    for levels in (1, 3, 500):
+    for levels in (2, 500):
         torch.manual_seed(levels)
         problem = _problem(device, shape, levels=levels, own=own)
         shares = torch.full((shape[1],), k, device=device), torch.tensor([p], device=device)
