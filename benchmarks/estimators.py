@@ -2,9 +2,11 @@
 
     python -m gossamer.benchmarks.estimators --device cuda --every 2 --plot docs/estimators.png
     python -m gossamer.benchmarks.estimators --data synthetic --problems 1 --every 4  # on a CPU
+    python -m gossamer.benchmarks.estimators recipe=study model.path=TEACHER data.source=FILM
 
-Writes estimators.md and estimators.json to --out and a plot to --plot. Every method gets its
-density by bisection of one p for all heads (a quarter of the density as Top-k floor), or by k.
+q, k and v are synthetic, and captured from the dense model of a recipe, or of recipe=demo. Writes
+estimators.md and estimators.json to --out and a plot to --plot. Every method gets its density by
+bisection of one p for all heads (a quarter of the density as Top-k floor), or by k.
 """
 
 import argparse
@@ -210,19 +212,26 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clips", type=int, default=1)
     parser.add_argument("--every", type=int, default=1, help="take each n-th head")
+    parser.add_argument("--layers", type=int, default=2, help="take each n-th layer")
     parser.add_argument("--problems", type=int, default=None, help="take the first n of each data")
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
-    parser.add_argument("--encoded", type=Path, default=Path("runs/estimators/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/estimators"))
     parser.add_argument("--plot", type=Path, default=None)
-    options = parser.parse_args(arguments)
+    parser.add_argument("overrides", nargs="*", default=["recipe=demo"])
+    options = parser.parse_intermixed_args(arguments)
     device = torch.device(options.device)
     start, data = time.monotonic(), {}
     for name in options.data.split(","):
         found = (
             synthetic(device, every=options.every)
             if name == "synthetic"
-            else captured(device, options.encoded, clips=options.clips, every=options.every)
+            else captured(
+                device,
+                options.overrides,
+                clips=options.clips,
+                every=options.every,
+                layers=options.layers,
+            )
         )
         problems = list(islice(found, options.problems))
         heads = sum(p.q.shape[1] for p in problems)

@@ -1,14 +1,13 @@
-"""q, k and v to judge estimators by: synthetic clusters, and those of the demo's teacher."""
+"""q, k and v to judge estimators by: synthetic clusters, and those of a run's dense model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gossamer.sparse.attach import attach, attentions
+from gossamer.sparse.attach import attentions
 from gossamer.sparse.layout import TokenGrid
 
 LEVELS = (0.9, 0.5, 0.1)  # noise levels of the captured tensors
@@ -49,36 +48,29 @@ def synthetic(device: torch.device, *, seeds: int = 3, every: int = 1) -> Iterat
 
 @torch.no_grad()
 def captured(
-    device: torch.device, folder: Path, *, clips: int = 1, every: int = 1
+    device: torch.device, overrides: list[str], *, clips: int = 1, every: int = 1, layers: int = 2
 ) -> Iterator[Problem]:
-    """Yield every other layer of the demo's teacher on held-out clips, dense, at LEVELS.
+    """Yield each `layers`-th layer of a run's dense model on held-out clips, at LEVELS.
 
-    Of the heads, each `every`-th is taken.
-
-    `folder` keeps the demo's encoded clips; they are encoded (a few seconds) if not there.
+    Of the heads, each `every`-th is taken. The run's data is encoded first if it is not there.
     """
-    from gossamer.train.config import build, compose, encode_settings
-    from gossamer.train.data.dataset import LatentDataset
-    from gossamer.train.data.encode import encode
+    from gossamer.train.config import compose
     from gossamer.train.evaluate import evenly, noisy_samples
+    from gossamer.train.job import Job, make_accelerator
     from gossamer.train.model import velocity
+    from gossamer.train.stages import encode_stage
 
-    cfg = compose(["recipe=demo"])
-    codec, text = build(cfg.codec), build(cfg.text)
-    encode(cfg.data.source, folder, codec=codec, text=text, **encode_settings(cfg))
-    dataset = LatentDataset(folder, "heldout")
+    cfg = compose([*overrides, f"device={device.type}"])
+    job = Job(cfg, make_accelerator(cfg), [])
+    encode_stage(job)
+    dataset, teacher = job.dataset("heldout"), job.dense()
     items = [dataset[i] for i in evenly(len(dataset), clips)]
-    teacher = attach(build(cfg.model).load(0), None).eval().to(device)
     seen: list[tuple[Any, ...]] = []
     for module in attentions(teacher).values():
         module.register_forward_hook(lambda module, args, out: seen.append(args))
-    for sample in noisy_samples(items, list(LEVELS), len(items), device):
+    for sample in noisy_samples(items, list(LEVELS), 1, job.device):
         seen.clear()
         velocity(teacher, sample.x, sample.t, sample.text, sample.condition)
-        for layer in range(0, len(seen), 2):
-            q, k, v, grid, _ = seen[layer]
-            for clip in range(len(items)):
-                part = (slice(clip, clip + 1), slice(None, None, every))
-                name = f"t={LEVELS[sample.level]}, layer {layer}"
-                q_, k_, v_ = (x[part].float().contiguous() for x in (q, k, v))
-                yield Problem(name, q_, k_, v_, grid)
+        for layer, (*tensors, grid, _) in list(enumerate(seen))[::layers]:
+            q, k, v = (x[:, ::every].float().contiguous() for x in tensors)
+            yield Problem(f"t={LEVELS[sample.level]}, layer {layer}", q, k, v, grid)

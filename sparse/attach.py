@@ -1,49 +1,26 @@
 """Put gossamer's attention into a diffusers transformer, and take it out again."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from importlib import import_module
-from inspect import signature
 from math import gcd
 from pathlib import Path
-from types import MethodType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from gossamer.sparse.attention import DenseAttention, SparseAttention, SparseMethod
 from gossamer.sparse.construct import construct
+from gossamer.sparse.install import RECORD, Attachment, install
 from gossamer.sparse.methods import method_named
-from gossamer.sparse.models.context import AttentionContext
 from gossamer.sparse.sequence import SequenceParallel
-from gossamer.sparse.trajectory import Trajectory
 
 CONFIG_NAME = "sparse_attention_config.json"
 STATE_NAME = "sparse_attention.safetensors"
 FORMAT_VERSION = 1
-_RECORD = "_gossamer_attachment"
-
-
-@dataclass
-class Attachment:
-    """What `attach` put into one transformer; `detach` undoes it."""
-
-    context: AttentionContext
-    originals: dict[str, Any]
-    handle: RemovableHandle
-    attentions: dict[str, nn.Module]
-    dense_steps: int = 0
-    dense_layers: int = 0
-    trajectory: Trajectory = field(default_factory=Trajectory)
-
-    @property
-    def needs_step(self) -> bool:
-        """Return whether anything depends on the step that a forward is."""
-        own = self.attentions.values()
-        return self.dense_steps > 0 or any(getattr(a, "codebooks", None) for a in own)
 
 
 def attach(
@@ -67,7 +44,7 @@ def attach(
     already carries an attachment, or a policy of another model.
     """
     model = transformer_of(target)
-    if _RECORD in model.__dict__:
+    if RECORD in model.__dict__:
         raise ValueError("transformer: it already has gossamer's attention; call detach first")
     if method is not None:
         if source is not None:
@@ -83,17 +60,17 @@ def attach(
     _check_dense(model, dense_steps, dense_layers)
     if isinstance(source, str | Path):
         loaded, state = load_policy(source)
-        _install(model, lambda heads, dim: SparseAttention(loaded, heads, dim))
+        install(model, family_of(model), lambda heads, dim: SparseAttention(loaded, heads, dim))
         try:
             load_mask_state(model, state)
         except ValueError:
             detach(model)
             raise
     elif source is None:
-        _install(model, lambda heads, dim: DenseAttention())
+        install(model, family_of(model), lambda heads, dim: DenseAttention())
     else:
-        _install(model, lambda heads, dim: SparseAttention(source, heads, dim))
-    record: Attachment = model.__dict__[_RECORD]
+        install(model, family_of(model), lambda heads, dim: SparseAttention(source, heads, dim))
+    record: Attachment = model.__dict__[RECORD]
     record.dense_steps, record.dense_layers = dense_steps, dense_layers
     return target
 
@@ -101,9 +78,9 @@ def attach(
 def detach(target: Any) -> Any:
     """Restore the processors that the model had before `attach`, and return the target."""
     model = transformer_of(target)
-    if _RECORD not in model.__dict__:
+    if RECORD not in model.__dict__:
         raise ValueError("transformer: it has no gossamer attention; call attach first")
-    record: Attachment = model.__dict__.pop(_RECORD)
+    record: Attachment = model.__dict__.pop(RECORD)
     record.handle.remove()
     model.__dict__.pop("cache_context", None)
     for name, original in record.originals.items():
@@ -116,9 +93,9 @@ def detach(target: Any) -> Any:
 def attentions(target: Any) -> dict[str, Any]:
     """Return layer name -> attention module (SparseAttention or DenseAttention), in layer order."""
     model = transformer_of(target)
-    if _RECORD not in model.__dict__:
+    if RECORD not in model.__dict__:
         raise ValueError("transformer: it has no gossamer attention; call attach first")
-    return model.__dict__[_RECORD].attentions
+    return model.__dict__[RECORD].attentions
 
 
 def mask_parameters(target: Any) -> dict[str, nn.Parameter]:
@@ -140,7 +117,7 @@ def share_sequence(target: Any, sequence: SequenceParallel) -> None:
     heads = next(layer.heads for _, layer in family.self_attentions(model))
     check_shared_sequence(model, sequence.size, heads)
     family.share_tokens(model, sequence)
-    model.__dict__[_RECORD].context.sequence = sequence
+    model.__dict__[RECORD].context.sequence = sequence
 
 
 def check_shared_sequence(model: nn.Module, size: int, heads: int) -> None:
@@ -286,66 +263,3 @@ def _check_dense(model: nn.Module, dense_steps: int, dense_layers: int) -> None:
         if not isinstance(count, int) or count < 0 or (most is not None and count > most):
             limit = "of at least 0" if most is None else f"from 0 to the model's {most} layers"
             raise ValueError(f"{name}={count}: allowed is an integer {limit}; e.g. {name}=1")
-
-
-def _install(model: nn.Module, make: Callable[[int, int], nn.Module]) -> None:
-    family = family_of(model)
-    layers = dict(family.self_attentions(model))
-    device = next(model.parameters()).device
-    made = {
-        name: make(layer.heads, layer.inner_dim // layer.heads).to(device)
-        for name, layer in layers.items()
-    }
-    originals = {name: layer.processor for name, layer in layers.items()}
-    context = AttentionContext()
-    for name, layer in layers.items():
-        layer.processor = family.Processor(made[name], context)
-    handle = _fill_before_forward(model, family)
-    model.__dict__[_RECORD] = Attachment(context, originals, handle, made)
-    if hasattr(model, "cache_context"):
-        model.__dict__["cache_context"] = MethodType(_denoising_call, model)
-
-
-@contextmanager
-def _denoising_call(model: nn.Module, name: str, **kwargs: Any) -> Iterator[None]:
-    """Do what diffusers' cache_context does, and note the guidance branch of the call.
-
-    Pipelines name their calls so ("cond", "uncond"), and some count the steps. Clusters are carried
-    from step to step of a branch, and forgotten at its first.
-    """
-    record: Attachment = model.__dict__[_RECORD]
-    record.context.branch, record.context.step_index = name, kwargs.get("step_index")
-    try:
-        with type(model).cache_context(model, name, **kwargs):  # type: ignore[attr-defined]
-            yield
-    finally:
-        record.context.branch = record.context.step_index = None
-
-
-def _fill_before_forward(model: nn.Module, family: ModuleType) -> RemovableHandle:
-    parameters = signature(model.forward)
-
-    def fill(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = parameters.bind(*args, **kwargs).arguments
-        record: Attachment = module.__dict__[_RECORD]  # of the module: a deep copy has its own
-        context = record.context
-        context.grid = family.token_grid(module, call)
-        context.timestep = call["timestep"]
-        step, is_first = _place(record, call["timestep"])
-        for index, attention in enumerate(record.attentions.values()):
-            if isinstance(attention, SparseAttention):
-                is_dense = index < record.dense_layers or step < record.dense_steps
-                attention.reset(context.branch, is_first=is_first, is_dense=is_dense)
-
-    return model.register_forward_pre_hook(fill, with_kwargs=True)
-
-
-def _place(record: Attachment, timestep: Tensor) -> tuple[int, bool]:
-    """Return which step of a run the next forward is, and whether it is the branch's first."""
-    context = record.context
-    if context.branch is not None and context.step_index is not None:
-        return record.trajectory.by_index(context.branch, context.step_index)
-    carries = context.branch is not None and record.needs_step
-    if carries or record.dense_steps:
-        return record.trajectory.by_timestep(context.branch, timestep)
-    return 0, False

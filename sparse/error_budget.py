@@ -5,7 +5,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from gossamer.kernels.block_select.op import hybrid_select
+from gossamer.kernels.block_select.op import budget_select, hybrid_select
 from gossamer.sparse.mask import BlockMask, BlockScores
 from gossamer.sparse.policies import Hybrid
 from gossamer.sparse.token_share import token_prefix
@@ -70,32 +70,48 @@ class ErrorBudget(Hybrid):
                 f"policy.scope={self.scope}: allowed is an estimator that gives mass and, beyond a "
                 "row, comparable errors; use estimator=error_aware with kind=output"
             )
-        layouts = scores.q_layout, scores.kv_layout
+        chosen = self._in_rows(scores) if self.scope == "row" else self._beyond_rows(scores)
+        if scores.forced is not None:
+            chosen = chosen | scores.forced
+        return BlockMask(scores.q_layout, scores.kv_layout, chosen)
+
+    def _in_rows(self, scores: BlockScores) -> Tensor:
+        layouts, mass = (scores.q_layout, scores.kv_layout), scores.mass
+        assert mass is not None
+        if self.unit == "tokens":
+            sure = token_prefix(mass, *layouts, self.k * self.guaranteed)
+            score = scores.score.masked_fill(sure, torch.inf)
+            return token_prefix(score, *layouts, self.k) | sure
+        return budget_select(
+            scores.score,
+            mass,
+            scores.q_layout.offsets,
+            scores.kv_layout.offsets,
+            self.k,
+            self.p,
+            guaranteed=self.guaranteed,
+        )
+
+    def _beyond_rows(self, scores: BlockScores) -> Tensor:
+        layouts, mass = (scores.q_layout, scores.kv_layout), scores.mass
+        assert mass is not None and scores.error is not None
         q_size, kv_size = scores.q_layout.sizes, scores.kv_layout.sizes
-        gain = scores.score / kv_size.clamp(min=1)[..., None, :]
-        if self.scope != "row" and scores.error is not None:
-            gain = gain * scores.error[..., None]
+        gain = scores.score / kv_size.clamp(min=1)[..., None, :] * scores.error[..., None]
         cost = (q_size[..., :, None] * kv_size[..., None, :]).expand_as(gain)  # int64 token pairs
         if self.unit == "tokens":
-            sure = token_prefix(scores.mass, *layouts, self.k * self.guaranteed)
-            if self.scope == "row":
-                score = scores.score.masked_fill(sure, torch.inf)
-                return BlockMask(*layouts, token_prefix(score, *layouts, self.k) | sure)
+            sure = token_prefix(mass, *layouts, self.k * self.guaranteed)
             planned = self.k.double()[:, None] * cost.sum(-1)  # [B, H, Nq]
         else:
-            sure = hybrid_select(scores.mass, self.k * self.guaranteed, torch.zeros_like(self.p))
-            planned = (hybrid_select(scores.mass, self.k, self.p) * cost).sum(-1)
-        first = {"row": 3, "head": 2, "layer": 1}[self.scope]
+            sure = hybrid_select(mass, self.k * self.guaranteed, torch.zeros_like(self.p))
+            planned = (hybrid_select(mass, self.k, self.p) * cost).sum(-1)
+        first = 2 if self.scope == "head" else 1
         spare = (planned - (sure * cost).sum(-1))[..., None].flatten(first).sum(-1, keepdim=True)
         chosen = _most(
             gain.masked_fill(sure, -1).flatten(first),
             cost.masked_fill(sure, 0).flatten(first),
             spare,
         )
-        chosen = chosen.view_as(sure) | sure
-        if scores.forced is not None:
-            chosen = chosen | scores.forced
-        return BlockMask(*layouts, chosen)
+        return chosen.view_as(sure) | sure
 
 
 def _most(gain: Tensor, cost: Tensor, budget: Tensor) -> Tensor:

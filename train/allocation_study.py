@@ -5,7 +5,7 @@
 
 With --methods the arms are the published methods as `attach(pipe, method=...)` gives them, nothing
 calibrated, each head with the same budget; --block is the tokens of a q and a kv block or cluster.
-Each repeat calibrates on other training clips with other probes. `velocity per level` has budgets
+Each repeat calibrates on other training clips with other probes. `velocity_per_level` has budgets
 for each noise level alone, which a run cannot use yet: it shows what noise-level bins would gain.
 The data is encoded first, unless it is there.
 """
@@ -22,6 +22,7 @@ from gossamer.sparse.allocation import Allocation, EqualError, Uniform, WaterFil
 from gossamer.sparse.attach import attach, attentions, detach, family_of, method_from_spec
 from gossamer.sparse.methods import NAMES, method_named
 from gossamer.train.calibrate import Calibrator
+from gossamer.train.calibration import set_masks
 from gossamer.train.config import compose
 from gossamer.train.evaluate import evenly, noisy_samples, velocities
 from gossamer.train.gauge import Gauge
@@ -36,12 +37,12 @@ ALLOCATIONS: dict[str, Allocation] = {
     "uniform": Uniform(),
     "mass": EqualError(measure="mass"),
     "error": EqualError(measure="relative_l1"),
-    "water_fill output": WaterFill(measure="output"),
-    "water_fill fisher": WaterFill(measure="fisher"),
+    "water_fill_output": WaterFill(measure="output"),
+    "water_fill_fisher": WaterFill(measure="fisher"),
     "velocity": WaterFill(measure="velocity"),
-    "velocity exact": WaterFill(measure="velocity_exact"),
+    "velocity_exact": WaterFill(measure="velocity_exact"),
 }
-PER_LEVEL = "velocity per level"
+PER_LEVEL = "velocity_per_level"
 
 
 def main(arguments: list[str]) -> int:
@@ -49,7 +50,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m gossamer.train.allocation_study")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--arms", nargs="+", default=[*ALLOCATIONS, PER_LEVEL])
+    arms = [*ALLOCATIONS, PER_LEVEL]
+    parser.add_argument("--arms", nargs="+", choices=arms, default=arms)
     parser.add_argument("--methods", action="store_true")
     parser.add_argument("--block", type=int, nargs=2, default=[32, 16])
     parser.add_argument("overrides", nargs="*")
@@ -92,11 +94,11 @@ def _measure(job: Job, options: argparse.Namespace) -> Iterator[tuple[str, float
                 densities: list[float] = []
                 if arm == PER_LEVEL:
                     for level, alone in enumerate(by_level):
-                        alone.run(ALLOCATIONS["velocity"], sparsity=sparsity).apply(student)
+                        _give(student, alone, ALLOCATIONS["velocity"], sparsity)
                         error, density = _run(student, samples, target, level)
                         errors, densities = errors + error, densities + density
                 else:
-                    calibrator.run(ALLOCATIONS[arm], sparsity=sparsity).apply(student)
+                    _give(student, calibrator, ALLOCATIONS[arm], sparsity)
                     errors, densities = _run(student, samples, target, None)
                 yield (
                     arm,
@@ -104,6 +106,13 @@ def _measure(job: Job, options: argparse.Namespace) -> Iterator[tuple[str, float
                     float(torch.tensor(errors).mean()),
                     float(torch.tensor(densities).mean()),
                 )
+
+
+def _give(
+    student: nn.Module, calibrator: Calibrator, allocation: Allocation, sparsity: float
+) -> None:
+    found = calibrator.budgets(allocation, sparsity=sparsity)
+    set_masks(student, found.k, found.p, calibrator.gauge.choice)
 
 
 def _published(

@@ -6,7 +6,7 @@ Budgets are Top-k: a share of Top-p had no less error at equal density and drift
 """
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +36,16 @@ CLOSE = 1e-3  # of the planned density to the one asked for
 WITHIN = 1.2  # of the error in clusters, what a static order may have
 
 
+@dataclass(frozen=True)
+class Budgets:
+    """k and p [L, H] of every head, the density that they are for, and why they were chosen."""
+
+    k: Tensor
+    p: Tensor
+    density: float
+    chosen: dict[str, Any]
+
+
 class Calibrator:
     """Gives the heads of a densely attached teacher budgets.
 
@@ -52,6 +62,43 @@ class Calibrator:
         sparsity: float | None = None,
         error_budget: float | None = None,
     ) -> Calibration:
+        """Return the budgets that `budgets` finds, with what they do to the teacher."""
+        start = time.monotonic()
+        found = self.budgets(allocation, sparsity=sparsity, error_budget=error_budget)
+        measure, chosen = allocation.measure, dict(found.chosen)
+        curves = self.gauge.curves(measure) if measure else None
+        outcome = self.gauge.outcome(found.k, found.p, measure)
+        if measure in VELOCITY:
+            chosen["predicted_error"] = float(outcome.error.mean(2).sum().sqrt())
+        chosen |= self._describe(outcome) | {"is_fixed": isinstance(allocation, Fixed)}
+        chosen["measured_error"] = _rounded(self.gauge.sparse_error(found.k, found.p))
+        return Calibration(
+            layers=self.gauge.layers,
+            num_heads=self.gauge.heads,
+            noise_levels=self.gauge.noise_levels,
+            target_density=found.density,
+            planned_density=float(outcome.density.mean()),
+            k=found.k.tolist(),
+            p=found.p.tolist(),
+            captured_mass=_rounded(outcome.mass),
+            layout_choice=self.gauge.choice,
+            measure=measure,
+            error=_rounded(outcome.error) if measure else [],
+            curve_densities=(curves.points / curves.num_blocks).tolist() if curves else [],
+            curve_error=_rounded(curves.error) if curves else [],
+            map_bound=_rounded(outcome.bound),
+            chosen=chosen,
+            clips=self.gauge.clips,
+            seconds=time.monotonic() - start,
+        )
+
+    def budgets(
+        self,
+        allocation: Allocation,
+        *,
+        sparsity: float | None = None,
+        error_budget: float | None = None,
+    ) -> Budgets:
         """Return budgets of a sparsity, or of a relative velocity error: one of them is given.
 
         An error budget is met by bisection of the density, running the sparse model at each step,
@@ -59,11 +106,8 @@ class Calibrator:
         Raises Refusal for an error budget where the policy's own k and p decide, and ValueError for
         a sparsity that leaves a row no block.
         """
-        start = time.monotonic()
         target = 1 - (sparsity or 0.0)
         chosen: dict[str, Any] = {}
-        curve_densities: list[float] = []
-        curve_error: Any = []
         if isinstance(self.method.layout, PerHead):
             chosen |= self._choose_orders(self.method.layout, allocation.measure, target)
         if isinstance(allocation, Fixed):
@@ -92,33 +136,7 @@ class Calibrator:
             p = torch.zeros_like(k)
             if allocation.measure is not None:
                 chosen["bound"] = give_out(worth, found.density.flatten(0, 1), target=target)[1]
-            curve_densities = (found.points / found.num_blocks).tolist()
-            curve_error = _rounded(found.error)
-        outcome = self.gauge.outcome(k, p, allocation.measure)
-        if allocation.measure in VELOCITY:
-            chosen["predicted_error"] = float(outcome.error.mean(2).sum().sqrt())
-        planned = float(outcome.density.mean())
-        result = Calibration(
-            layers=self.gauge.layers,
-            num_heads=self.gauge.heads,
-            noise_levels=self.gauge.noise_levels,
-            target_density=target,
-            planned_density=planned,
-            k=k.tolist(),
-            p=p.tolist(),
-            captured_mass=_rounded(outcome.mass),
-            layout_choice=self.gauge.choice,
-            measure=allocation.measure,
-            error=_rounded(outcome.error) if allocation.measure else [],
-            curve_densities=curve_densities if allocation.measure else [],
-            curve_error=curve_error if allocation.measure else [],
-            map_bound=_rounded(outcome.bound),
-            chosen=chosen | self._describe(outcome) | {"is_fixed": isinstance(allocation, Fixed)},
-            clips=self.gauge.clips,
-            seconds=0.0,
-        )
-        result.chosen["measured_error"] = _rounded(self.gauge.sparse_error(k, p))
-        return replace(result, seconds=time.monotonic() - start)
+        return Budgets(k, p, target, chosen)
 
     def _one_mass(
         self, k: float, target: float, error_budget: float | None

@@ -19,3 +19,25 @@ def forward(score: Tensor, k: Tensor, p: Tensor, keep_crossing: bool) -> Tensor:
     rank = torch.arange(num_blocks, device=score.device)
     keep = rank < torch.maximum(top_k, top_p)
     return torch.zeros_like(keep).scatter_(-1, order, keep)
+
+
+def forward_budget(
+    score: Tensor,
+    mass: Tensor,
+    q_offsets: Tensor,
+    kv_offsets: Tensor,
+    k: Tensor,
+    sure_k: Tensor,
+    p: Tensor,
+) -> Tensor:
+    """Return bool [B, H, Nq, Nk]."""
+    size, num_queries = kv_offsets.diff()[..., None, :], q_offsets.diff()[..., None]
+    sure = forward(mass, sure_k, torch.zeros_like(p), True)
+    spare = ((forward(mass, k, p, True) & ~sure) * size * (num_queries > 0)).sum(-1, keepdim=True)
+    score = score.float().masked_fill(score.isnan(), torch.inf)
+    cost = (size * ~sure).expand(score.shape)
+    gain = (score / size.clamp(min=1)).masked_fill(cost == 0, -1)
+    order = gain.argsort(dim=-1, descending=True, stable=True)
+    ordered = cost.gather(-1, order)
+    keep = (ordered.cumsum(-1) - ordered < spare) & (ordered > 0)
+    return torch.zeros_like(sure).scatter_(-1, order, keep) | sure

@@ -1,0 +1,99 @@
+"""The processors and hooks that carry gossamer's attention in a diffusers transformer."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from inspect import signature
+from types import MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gossamer.sparse.attention import SparseAttention
+from gossamer.sparse.models.context import AttentionContext
+from gossamer.sparse.trajectory import Trajectory
+
+RECORD = "_gossamer_attachment"  # a model's attribute
+
+
+@dataclass
+class Attachment:
+    """What `attach` put into one transformer; `detach` undoes it."""
+
+    context: AttentionContext
+    originals: dict[str, Any]
+    handle: RemovableHandle
+    attentions: dict[str, nn.Module]
+    dense_steps: int = 0
+    dense_layers: int = 0
+    trajectory: Trajectory = field(default_factory=Trajectory)
+
+    @property
+    def needs_step(self) -> bool:
+        """Return whether anything depends on the step that a forward is."""
+        own = self.attentions.values()
+        return self.dense_steps > 0 or any(getattr(a, "codebooks", None) for a in own)
+
+
+def install(model: nn.Module, family: ModuleType, make: Callable[[int, int], nn.Module]) -> None:
+    """Give each self-attention of a model the module that `make(heads, head_dim)` returns."""
+    layers = dict(family.self_attentions(model))
+    device = next(model.parameters()).device
+    made = {
+        name: make(layer.heads, layer.inner_dim // layer.heads).to(device)
+        for name, layer in layers.items()
+    }
+    originals = {name: layer.processor for name, layer in layers.items()}
+    context = AttentionContext()
+    for name, layer in layers.items():
+        layer.processor = family.Processor(made[name], context)
+    handle = _fill_before_forward(model, family)
+    model.__dict__[RECORD] = Attachment(context, originals, handle, made)
+    if hasattr(model, "cache_context"):
+        model.__dict__["cache_context"] = MethodType(_denoising_call, model)
+
+
+@contextmanager
+def _denoising_call(model: nn.Module, name: str, **kwargs: Any) -> Iterator[None]:
+    """Do what diffusers' cache_context does, and note the guidance branch of the call.
+
+    Pipelines name their calls so ("cond", "uncond"), and some count the steps. Clusters are carried
+    from step to step of a branch, and forgotten at its first.
+    """
+    record: Attachment = model.__dict__[RECORD]
+    record.context.branch, record.context.step_index = name, kwargs.get("step_index")
+    try:
+        with type(model).cache_context(model, name, **kwargs):  # type: ignore[attr-defined]
+            yield
+    finally:
+        record.context.branch = record.context.step_index = None
+
+
+def _fill_before_forward(model: nn.Module, family: ModuleType) -> RemovableHandle:
+    parameters = signature(model.forward)
+
+    def fill(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = parameters.bind(*args, **kwargs).arguments
+        record: Attachment = module.__dict__[RECORD]  # of the module: a deep copy has its own
+        context = record.context
+        context.grid = family.token_grid(module, call)
+        context.timestep = call["timestep"]
+        step, is_first = _place(record, call["timestep"])
+        for index, attention in enumerate(record.attentions.values()):
+            if isinstance(attention, SparseAttention):
+                is_dense = index < record.dense_layers or step < record.dense_steps
+                attention.reset(context.branch, is_first=is_first, is_dense=is_dense)
+
+    return model.register_forward_pre_hook(fill, with_kwargs=True)
+
+
+def _place(record: Attachment, timestep: Tensor) -> tuple[int, bool]:
+    """Return which step of a run the next forward is, and whether it is the branch's first."""
+    context = record.context
+    if context.branch is not None and context.step_index is not None:
+        return record.trajectory.by_index(context.branch, context.step_index)
+    carries = context.branch is not None and record.needs_step
+    if carries or record.dense_steps:
+        return record.trajectory.by_timestep(context.branch, timestep)
+    return 0, False
