@@ -48,6 +48,7 @@ MEASURED = (
     *("layout", "estimator", "policy", "compensation", "backend", "model", "data", "codec"),
     *("text", "training_data", "calibration", "evaluation.batch_size"),
 )
+ASKED = ("sparsity", "error_budget", "allocation")  # of a calibration
 Kept = dict[tuple[str, ...], Any]
 
 
@@ -225,14 +226,21 @@ class Job:
         return Path(self.cfg.calibration.path or self.run_dir / "calibration")
 
     @property
+    def shared_calibration(self) -> Path | None:
+        """Return the folder in which jobs of one sweep leave each other an equal calibration."""
+        if self.kept is None or self.cfg.calibration.path is not None:
+            return None
+        keys = [*MEASURED, *ASKED, *([] if self.cfg.calibration.seed is not None else ["seed"])]
+        name = f"{self.accelerator.mixed_precision}-{fingerprint(self.cfg, keys)[:16]}"
+        return self.run_dir.parent / "calibrations" / name
+
+    @property
     def masks_asked(self) -> dict[str, Any]:
         """Return what decides a calibration, but for the model's weights."""
         spec = self.method_spec
         names = ["layout", "estimator"]
         names += ["policy"] * isinstance(build(self.cfg.allocation), Fixed)
-        asked = OmegaConf.to_container(
-            OmegaConf.masked_copy(self.cfg, ["sparsity", "error_budget", "allocation"])
-        )
+        asked = OmegaConf.to_container(OmegaConf.masked_copy(self.cfg, list(ASKED)))
         assert isinstance(asked, dict)
         return {str(k): v for k, v in asked.items()} | {name: spec[name] for name in names}
 
