@@ -46,7 +46,7 @@ RESULT = "result.json"
 # What decides the measurements of a calibration.
 MEASURED = (
     *("layout", "estimator", "policy", "compensation", "backend", "model", "data", "codec"),
-    *("text", "training_data", "calibration", "evaluation.batch_size"),
+    *("text", "calibration", "evaluation.batch_size"),
 )
 ASKED = ("sparsity", "error_budget", "allocation")  # of a calibration
 Kept = dict[tuple[str, ...], Any]
@@ -138,9 +138,10 @@ class Job:
         whole, options = self.whole_split(split), self.cfg.training_data
         return whole.evenly(options.clips) if split == "train" and options.clips else whole
 
-    def whole_split(self, split: str) -> LatentDataset:
+    def whole_split(self, split: str, *, of_data: bool = False) -> LatentDataset:
+        """Return all clips of a split; `of_data`: of the run's data, whatever training_data is."""
         options, data = self.cfg.training_data, self.cfg.data
-        is_other = split == "train" and bool(options.dir)
+        is_other = split == "train" and bool(options.dir) and not of_data
         folder = Path(options.dir) if is_other else data_dir(self.cfg)
 
         def open_split() -> LatentDataset:
@@ -251,7 +252,7 @@ class Job:
         """
         from gossamer.train.evaluate import evenly, noisy_samples
 
-        options, dataset = self.cfg.calibration, self.dataset("train")
+        options, dataset = self.cfg.calibration, self.whole_split("train", of_data=True)
         largest = dataset.largest
         if clips is None:
             clips = [largest[i] for i in evenly(len(largest), options.clips)]

@@ -63,6 +63,8 @@ def test_only_some_training_clips_are_taken_and_the_heldout_ones_stay(make_job: 
             and own[i]["index"] == chosen[i]["index"]
         )
     assert len(few.dataset("heldout")) == len(job.dataset("heldout"))
+    mine, theirs = (j.calibrator(j.dense()).gauge.samples for j in (few, job))
+    assert all(torch.equal(a.x, b.x) for a, b in zip(mine, theirs, strict=True)), "not of the few"
 
 
 def test_another_folder_gives_the_training_clips(lab: Any, make_job: Any, tmp_path: Path) -> None:
