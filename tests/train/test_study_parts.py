@@ -35,7 +35,7 @@ def test_one_mass_for_all_heads_meets_the_density_on_its_samples(make_job: Any) 
         student = job.student(0).requires_grad_(False).eval()
         result.apply(student)
         measured = measure_masks(student, samples).mean_density
-        assert abs(measured - (1 - sparsity)) < 0.05, "the sparse model sees other q and k"
+        assert abs(measured - (1 - sparsity)) < 1e-3, "of the sparse model, which sees other q, k"
         heads = torch.tensor([d.tolist() for d in measure_masks(student, samples).density.values()])
         assert heads.std() > 0.01, "one p gives flat heads more"
 
