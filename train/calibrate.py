@@ -146,8 +146,7 @@ class Calibrator:
     ) -> tuple[Tensor, Tensor]:
         """Return k and the largest p of all heads whose mean density is at most the target.
 
-        The density is that of the sparse model, whose layers see other q and k than the dense
-        one's: a p bisected on the dense model was 3 % of the density off.
+        The density is that of the sparse model, which is also the cheaper one to run.
         """
         if error_budget is not None:
             raise Refusal(
