@@ -68,6 +68,9 @@ class Calibrator:
         measure, chosen = allocation.measure, dict(found.chosen)
         curves = self.gauge.curves(measure) if measure else None
         outcome = self.gauge.outcome(found.k, found.p, measure)
+        planned = outcome.density
+        if isinstance(allocation, OneMass):  # what was bisected
+            planned = self.gauge.sparse_density(found.k, found.p)
         if measure in VELOCITY:
             chosen["predicted_error"] = float(outcome.error.mean(2).sum().sqrt())
         chosen |= self._describe(outcome) | {"is_fixed": isinstance(allocation, Fixed)}
@@ -77,7 +80,7 @@ class Calibrator:
             num_heads=self.gauge.heads,
             noise_levels=self.gauge.noise_levels,
             target_density=found.density,
-            planned_density=float(outcome.density.mean()),
+            planned_density=float(planned.mean()),
             k=found.k.tolist(),
             p=found.p.tolist(),
             captured_mass=_rounded(outcome.mass),
@@ -141,7 +144,10 @@ class Calibrator:
     def _one_mass(
         self, k: float, target: float, error_budget: float | None
     ) -> tuple[Tensor, Tensor]:
-        """Return k and the largest p of all heads whose mean density is at most the target."""
+        """Return k and the largest p of all heads whose mean density is at most the target.
+
+        The density is that of the sparse model, which is also the cheaper one to run.
+        """
         if error_budget is not None:
             raise Refusal(
                 "error_budget",
@@ -151,7 +157,7 @@ class Calibrator:
             )
         floor = torch.full((len(self.gauge.layers), self.gauge.heads), k)
         low, high = 0.0, 1.0
-        if float(self.gauge.density(floor, torch.zeros_like(floor)).mean()) > target + CLOSE:
+        if float(self.gauge.sparse_density(floor, torch.zeros_like(floor)).mean()) > target + CLOSE:
             raise Refusal(
                 "allocation.k",
                 k,
@@ -160,7 +166,8 @@ class Calibrator:
             )
         for _ in range(P_BISECTIONS):
             middle = (low + high) / 2
-            density = float(self.gauge.density(floor, torch.full_like(floor, middle)).mean())
+            every = torch.full_like(floor, middle)
+            density = float(self.gauge.sparse_density(floor, every).mean())
             low, high = (low, middle) if density > target else (middle, high)
         return floor, torch.full_like(floor, low)
 

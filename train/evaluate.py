@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 EVALUATION_SEED = 7_777_777  # never a training seed: noise of calibration and evaluation
 OTHER_NOISE = 1_000  # in place of a noise level: samples from another noise
+JUDGED = ("after", "other_noise")  # the videos that slow measures are for, or the teacher's alone
 MASK_CLIPS = 2  # clips whose true attention mass is computed
 
 Clip = dict[str, Any]  # an item of LatentDataset: latent, text, index, maybe condition
@@ -88,12 +89,13 @@ class MaskReport:
     """Mean density and captured attention mass of each layer and head, and one clip's masks.
 
     `selected` is bool [H, Nq, Nk] of the first clip at the middle noise level; empty where the
-    layers' numbers of blocks differ.
+    layers' numbers of blocks differ. `velocities` are as those of `velocities`.
     """
 
     density: dict[str, Tensor] = field(default_factory=dict)
     recall: dict[str, Tensor] = field(default_factory=dict)
     selected: dict[str, Tensor] = field(default_factory=dict)
+    velocities: list[Tensor] = field(default_factory=list)
 
     @property
     def mean_density(self) -> float:
@@ -102,7 +104,7 @@ class MaskReport:
 
 @torch.no_grad()
 def measure_masks(model: nn.Module, samples: list[Sample]) -> MaskReport:
-    """Run the sparse model on all samples and measure its masks, counted in token pairs."""
+    """Run the sparse model on all samples; measure its masks, counted in token pairs."""
     layers: dict[str, SparseAttention] = attentions(model)
     captured: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
@@ -115,10 +117,11 @@ def measure_masks(model: nn.Module, samples: list[Sample]) -> MaskReport:
     density: dict[str, list[Tensor]] = {name: [] for name in layers}
     recall: dict[str, list[Tensor]] = {name: [] for name in layers}
     num_levels = 1 + max(s.level for s in samples)
-    seen, selected = [0] * num_levels, {}
+    seen, selected, found = [0] * num_levels, {}, []
     try:
         for sample in tqdm(samples, desc="masks", unit="batch"):
-            velocity(model, sample.x, sample.t, sample.text, sample.condition)
+            v = velocity(model, sample.x, sample.t, sample.text, sample.condition)
+            found.append(v.cpu())
             few = max(0, min(len(sample.t), MASK_CLIPS - seen[sample.level]))
             is_shown = sample.level == num_levels // 2 and not seen[sample.level]
             seen[sample.level] += few
@@ -136,7 +139,7 @@ def measure_masks(model: nn.Module, samples: list[Sample]) -> MaskReport:
     def mean(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         return {name: torch.cat(rows).mean(0) for name, rows in parts.items()}
 
-    return MaskReport(mean(density), mean(recall), selected)
+    return MaskReport(mean(density), mean(recall), selected, found)
 
 
 def flow_losses(found: list[Tensor], samples: list[Sample], num_levels: int) -> list[list[float]]:
@@ -159,6 +162,40 @@ def forward_seconds(model: nn.Module, sample: Sample) -> float:
 
     warm_up, runs = (3, 10) if sample.x.is_cuda else (0, 1)
     return float(np.median([once() for _ in range(warm_up + runs)][warm_up:]))
+
+
+@torch.no_grad()
+def attention_seconds(model: nn.Module, sample: Sample) -> float:
+    """Return the median time that all attention layers take of a forward of the sample's batch.
+
+    From the projected q, k, v to the output: order, mask, kernels; on a GPU the host's time as well
+    where it is the slower one.
+    """
+    marks: list[Any] = []
+
+    def mark(*_: Any) -> None:
+        if sample.x.is_cuda:
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+        else:
+            marks.append(time.perf_counter())
+
+    def once() -> float:
+        marks.clear()
+        velocity(model, sample.x, sample.t, sample.text, sample.condition).sum().item()  # waits
+        pairs = zip(marks[::2], marks[1::2], strict=True)  # a layer's start and end
+        return sum(a.elapsed_time(b) / 1e3 if sample.x.is_cuda else b - a for a, b in pairs)
+
+    handles = []
+    for layer in attentions(model).values():
+        handles.append(layer.register_forward_pre_hook(mark))
+        handles.append(layer.register_forward_hook(mark))
+    try:
+        warm_up, runs = (2, 5) if sample.x.is_cuda else (0, 1)
+        return float(np.median([once() for _ in range(warm_up + runs)][warm_up:]))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def other_backends(model: nn.Module, samples: list[Sample]) -> dict[str, list[Tensor]]:
@@ -213,14 +250,19 @@ def decode(latents: dict[str, Tensor], codec: Codec, device: torch.device) -> di
 def judge(videos: dict[str, Tensor], extra: Sequence[str]) -> dict[str, dict[str, list[float]]]:
     """Compare all videos with the real ones ("real/NAME") and the teacher's ("teacher/NAME").
 
-    Returns each measure of train/quality.py by name, one number a clip.
+    Returns each measure of train/quality.py by name, one number a clip; `extra` ones, which are
+    slow, of the model's own samples alone.
     """
+    judged = JUDGED if "after" in videos else (*JUDGED, "teacher")
     others = {name: v for name, v in videos.items() if name != "real"}
-    found = {f"real/{name}": compare(v, videos["real"], extra) for name, v in others.items()}
+    pairs = {f"real/{name}": (v, videos["real"]) for name, v in others.items()}
     if "teacher" in others:
         teacher = others.pop("teacher")
-        found |= {f"teacher/{name}": compare(v, teacher, extra) for name, v in others.items()}
-    return found
+        pairs |= {f"teacher/{name}": (v, teacher) for name, v in others.items()}
+    return {
+        name: compare(*pair, extra if name.split("/")[1] in judged else ())
+        for name, pair in pairs.items()
+    }
 
 
 def keep_videos(videos: dict[str, Tensor], folder: Path, count: int | None) -> list[Path]:

@@ -16,6 +16,7 @@ from gossamer.train.data.shards import MANIFEST
 from gossamer.train.evaluate import (
     Clip,
     MaskReport,
+    attention_seconds,
     decode,
     evenly,
     flow_losses,
@@ -160,8 +161,13 @@ class _Heldout:
             "files": [f"{SAMPLES}/{file.name}" for file in kept],
         }
 
-    def seconds(self, model: nn.Module) -> float:
-        return forward_seconds(model, self.samples[0])
+    def seconds(self, **models: nn.Module) -> dict[str, float]:
+        """Return the seconds of each model's forward, and of all its attention layers."""
+        sample = self.samples[0]
+        whole = {name: forward_seconds(model, sample) for name, model in models.items()}
+        return whole | {
+            f"{name}_attention": attention_seconds(model, sample) for name, model in models.items()
+        }
 
     def floor(self) -> dict[str, Any]:
         """Return how far the teacher is from itself with other attention backends."""
@@ -174,13 +180,14 @@ def _sparse(heldout: _Heldout) -> dict[str, Any]:
     before = job.student(job.cfg.seed).requires_grad_(False).eval()
     after = {seed: job.trained(seed) for seed in job.seeds} if job.trains else {}
     own = after.get(job.cfg.seed, before)
-    found = {
-        seed: velocities(model, heldout.samples, f"after, seed {seed}")
-        for seed, model in after.items()
-    }
-    started = velocities(before, heldout.samples, "before")
     masks: dict[str, MaskReport] = {"before": measure_masks(before, heldout.samples)}
     masks["after"] = measure_masks(own, heldout.samples) if after else masks["before"]
+    started = masks["before"].velocities
+    found = {job.cfg.seed: masks["after"].velocities} | {
+        seed: velocities(model, heldout.samples, f"after, seed {seed}")
+        for seed, model in after.items()
+        if seed != job.cfg.seed
+    }
     write_masks(job.run_dir / MASKS, {when: report.selected for when, report in masks.items()})
     latents = {}
     if heldout.sampled:
@@ -207,10 +214,7 @@ def _sparse(heldout: _Heldout) -> dict[str, Any]:
             "before": heldout.losses(started),
             "after": heldout.losses(found.get(job.cfg.seed, started)),
         },
-        "forward_seconds": {
-            "teacher": heldout.seconds(heldout.teacher),
-            "student": heldout.seconds(own),
-        },
+        "forward_seconds": heldout.seconds(teacher=heldout.dense, student=own),
         "layers": list(masks["after"].density),
         "density": {n: [d.tolist() for d in m.density.values()] for n, m in masks.items()},
         "recall": {n: [r.tolist() for r in m.recall.values()] for n, m in masks.items()},
@@ -254,7 +258,7 @@ def _dense(heldout: _Heldout) -> dict[str, Any]:
         "trained": job.trains,
         "flow_matching_loss": losses,
         "heldout_loss": {"after": heldout.losses(found)},
-        "forward_seconds": {"student": heldout.seconds(model)},
+        "forward_seconds": heldout.seconds(student=model),
         "samples": samples
         | {
             "psnr_to_real": quality[f"real/{own}"]["psnr"] if quality else [],

@@ -1,6 +1,7 @@
 """What calibration measures on a dense teacher: error curves, densities, and what budgets do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -179,18 +180,33 @@ class Gauge:
         """Return the sparse model's relative velocity error by noise level, all heads at once."""
         errors = torch.zeros(len(self.noise_levels), dtype=torch.float64)
         dense = self._dense
-        detach(self.teacher)
-        attach(self.teacher, self.method)
-        try:
-            set_masks(self.teacher, k, p, self.choice)
+        with self._sparse_with(k, p):
             for sample, v in zip(self.samples, dense, strict=True):
                 change = self._velocity(sample) - v
                 ratio = change.flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)
                 errors[sample.level] += ratio.double().cpu().sum()
+        return errors / self._per_level
+
+    def sparse_density(self, k: Tensor, p: Tensor) -> Tensor:
+        """Return the density of the sparse model's own masks, [L, H], meaned over the samples."""
+        density = self._zeros()
+        with self._sparse_with(k, p):
+            for sample in self.samples:
+                self._velocity(sample)
+                for index, attention in enumerate(attentions(self.teacher).values()):
+                    density[index] += attention.mask.density.sum(0).cpu()
+        return density / self._per_level.sum()
+
+    @contextmanager
+    def _sparse_with(self, k: Tensor, p: Tensor) -> Iterator[None]:
+        detach(self.teacher)
+        attach(self.teacher, self.method)
+        try:
+            set_masks(self.teacher, k, p, self.choice)
+            yield
         finally:
             detach(self.teacher)
             attach(self.teacher, None)
-        return errors / self._per_level
 
     def _points(self, num_blocks: int) -> Tensor:
         """Return the numbers of blocks at which errors are measured, rising."""

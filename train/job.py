@@ -46,8 +46,9 @@ RESULT = "result.json"
 # What decides the measurements of a calibration.
 MEASURED = (
     *("layout", "estimator", "policy", "compensation", "backend", "model", "data", "codec"),
-    *("text", "training_data", "calibration", "evaluation.batch_size"),
+    *("text", "calibration", "evaluation.batch_size"),
 )
+ASKED = ("sparsity", "error_budget", "allocation")  # of a calibration
 Kept = dict[tuple[str, ...], Any]
 
 
@@ -137,9 +138,10 @@ class Job:
         whole, options = self.whole_split(split), self.cfg.training_data
         return whole.evenly(options.clips) if split == "train" and options.clips else whole
 
-    def whole_split(self, split: str) -> LatentDataset:
+    def whole_split(self, split: str, *, of_data: bool = False) -> LatentDataset:
+        """Return all clips of a split; `of_data`: of the run's data, whatever training_data is."""
         options, data = self.cfg.training_data, self.cfg.data
-        is_other = split == "train" and bool(options.dir)
+        is_other = split == "train" and bool(options.dir) and not of_data
         folder = Path(options.dir) if is_other else data_dir(self.cfg)
 
         def open_split() -> LatentDataset:
@@ -225,14 +227,21 @@ class Job:
         return Path(self.cfg.calibration.path or self.run_dir / "calibration")
 
     @property
+    def shared_calibration(self) -> Path | None:
+        """Return the folder in which jobs of one sweep leave each other an equal calibration."""
+        if self.kept is None or self.cfg.calibration.path is not None:
+            return None
+        keys = [*MEASURED, *ASKED, *([] if self.cfg.calibration.seed is not None else ["seed"])]
+        name = f"{self.accelerator.mixed_precision}-{fingerprint(self.cfg, keys)[:16]}"
+        return self.run_dir.parent / "calibrations" / name
+
+    @property
     def masks_asked(self) -> dict[str, Any]:
         """Return what decides a calibration, but for the model's weights."""
         spec = self.method_spec
         names = ["layout", "estimator"]
         names += ["policy"] * isinstance(build(self.cfg.allocation), Fixed)
-        asked = OmegaConf.to_container(
-            OmegaConf.masked_copy(self.cfg, ["sparsity", "error_budget", "allocation"])
-        )
+        asked = OmegaConf.to_container(OmegaConf.masked_copy(self.cfg, list(ASKED)))
         assert isinstance(asked, dict)
         return {str(k): v for k, v in asked.items()} | {name: spec[name] for name in names}
 
@@ -243,7 +252,7 @@ class Job:
         """
         from gossamer.train.evaluate import evenly, noisy_samples
 
-        options, dataset = self.cfg.calibration, self.dataset("train")
+        options, dataset = self.cfg.calibration, self.whole_split("train", of_data=True)
         largest = dataset.largest
         if clips is None:
             clips = [largest[i] for i in evenly(len(largest), options.clips)]

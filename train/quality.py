@@ -1,14 +1,17 @@
 """How like two videos are: PSNR, SSIM, PSNR of the change between frames, and optional programs.
 
-Videos are uint8 [B, F, H, W, 3]; every measure gives one number a clip, higher is more alike.
+Videos are uint8 [B, F, H, W, 3]; every measure gives one number a clip. Higher is more alike, but
+for FLIP, a distance.
 """
 
 import json
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,9 @@ from torch import Tensor
 from gossamer.train.refusal import Refusal
 
 MEASURES = ("psnr", "ssim", "temporal_psnr")
+EXTRA = ("vmaf", "flip")
+FLIP_FRAMES = 2  # of a clip, spread evenly
+VMAF_AT_ONCE = 8
 _WINDOW, _SIGMA = 11, 1.5  # of SSIM (Wang et al. 2004)
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 _LEAST = 1e-9  # of a squared error, so that equal videos have a finite PSNR
@@ -25,8 +31,12 @@ _LEAST = 1e-9  # of a squared error, so that equal videos have a finite PSNR
 def compare(a: Tensor, b: Tensor, extra: Sequence[str] = ()) -> dict[str, list[float]]:
     """Return the value for each pair of clips of each of MEASURES and `extra`, by name."""
     found = {"psnr": psnr(a, b), "ssim": ssim(a, b), "temporal_psnr": temporal_psnr(a, b)}
+    pairs = list(zip(a, b, strict=True))
     if "vmaf" in extra:
-        found["vmaf"] = [vmaf(x, y) for x, y in zip(a, b, strict=True)]
+        with ThreadPoolExecutor(VMAF_AT_ONCE) as pool:  # each waits for a program
+            found["vmaf"] = list(pool.map(vmaf, *zip(*pairs, strict=True)))
+    if "flip" in extra:
+        found["flip"] = [flip(x, y) for x, y in pairs]
     return found
 
 
@@ -61,9 +71,41 @@ def ssim(a: Tensor, b: Tensor) -> list[float]:
 
 
 def check_extra(names: Sequence[str]) -> None:
-    """Refuse measures whose program is not here."""
+    """Refuse measures that are not known or whose program is not here."""
+    for name in names:
+        if name not in EXTRA:
+            raise Refusal("evaluation.extra", name, ", ".join(EXTRA), "correct the name")
     if "vmaf" in names:
         _ffmpeg()
+    if "flip" in names:
+        _flip()
+
+
+def flip(a: Tensor, reference: Tensor) -> float:
+    """Return the mean FLIP, a perceptual distance, of a few frames of a clip uint8 [F, H, W, 3].
+
+    0 for equal frames, at most 1; at the default viewing distance (Andersson et al. 2020). Needs
+    flip-evaluator.
+    """
+    frames = len(a)
+    chosen = [(2 * i + 1) * frames // (2 * FLIP_FRAMES) for i in range(min(FLIP_FRAMES, frames))]
+    x, y = (v[chosen].cpu().float().numpy() / 255 for v in (reference, a))
+    options = {"applyMagma": False, "computeMeanError": True}
+    found = [_flip()(one, two, "LDR", **options)[1] for one, two in zip(x, y, strict=True)]
+    return float(sum(found) / len(found))
+
+
+def _flip() -> Callable[..., tuple[Any, float, Any]]:
+    try:
+        evaluate: Callable[..., Any] = import_module("flip_evaluator").evaluate
+    except ImportError as error:
+        raise Refusal(
+            "evaluation.extra",
+            "flip",
+            "a measure whose program is installed",
+            "pip install flip-evaluator, or leave it out",
+        ) from error
+    return evaluate
 
 
 def vmaf(a: Tensor, reference: Tensor) -> float:

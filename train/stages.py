@@ -1,5 +1,7 @@
 """The stages up to a trained student: encode, calibrate, train."""
 
+import os
+import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -68,6 +70,11 @@ def calibrate_stage(job: "Job") -> None:
 
     if not job.is_sparse or _is_calibrated(job):
         return
+    shared = job.shared_calibration
+    if shared is not None and (shared / CALIBRATION).is_file():
+        shutil.copytree(shared, job.calibration_dir, dirs_exist_ok=True)
+        job.log("calibration taken from %s", shared)
+        return
     with job.autocast():
         calibrator = job.own_calibrator()
         asked = {name: job.cfg[name] for name in ("sparsity", "error_budget")}
@@ -87,6 +94,13 @@ def calibrate_stage(job: "Job") -> None:
     )
     for line in said:
         job.log("%s", line)
+    if shared is not None and not shared.exists():
+        own = shared.with_name(f"{shared.name}.{os.getpid()}")
+        shutil.copytree(job.calibration_dir, own)
+        try:
+            own.rename(shared)
+        except OSError:  # another job was first
+            shutil.rmtree(own)
 
 
 def _is_calibrated(job: "Job") -> bool:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -95,6 +96,21 @@ def sweep(overrides: Sequence[str], *, only_show: bool = False) -> int:
     """
     start = time.monotonic()
     launch, swept, constant = _split(overrides)
+    is_shared_out = bool(launch.workers) and not only_show
+    # the workers import while the jobs are planned
+    with Pool(launch.workers, launch.mixed_precision) if is_shared_out else nullcontext() as pool:
+        return _sweep(launch, swept, constant, start, pool, only_show=only_show)
+
+
+def _sweep(
+    launch: Launch,
+    swept: list[Override],
+    constant: list[Override],
+    start: float,
+    pool: Pool | None,
+    *,
+    only_show: bool,
+) -> int:
     folder, jobs = _plan(swept, constant, launch.arms)
     if only_show:
         lines = (f"gossamer train {' '.join(job.overrides)}\n" for job in jobs)
@@ -105,9 +121,14 @@ def sweep(overrides: Sequence[str], *, only_show: bool = False) -> int:
     todo = [job for job in jobs if job.label not in outcomes]
     _check(todo)
     folder.mkdir(parents=True, exist_ok=True)
-    do = _share_out if launch.workers else _one_by_one
+    deadline = None if launch.time_limit is None else start + launch.time_limit
+    ended = (
+        _one_by_one(todo, launch, folder)
+        if pool is None
+        else _share_out(todo, pool, folder, deadline)
+    )
     with tqdm(total=len(jobs), initial=len(outcomes), desc="sweep", unit="job") as bar:
-        for job, outcome in do(todo, launch, folder, start):
+        for job, outcome in ended:
             bar.update()
             bar.set_postfix_str(job.label)
             if outcome.status == "finished" and results is not None:
@@ -211,28 +232,37 @@ def _plan(
     recipe = "several" if any(o.key_or_group == "recipes" for o in swept) else first.recipe_name
     name = first.name if "name" in given else f"{recipe}-sweep"
     jobs: dict[str, Job] = {}
-    for arm, own in chosen:
-        settled = {o.key_or_group for o in own}
-        for combination in combinations:
-            parsed = parse_overrides(combination)
+    for combination in combinations:  # outermost: a sweep cut short has every arm's first seed
+        parsed = parse_overrides(combination)
+        for arm, own in chosen:
+            settled = {o.key_or_group for o in own}
             free = [
                 line
                 for line, override in zip(combination, parsed, strict=True)
                 if override.key_or_group not in settled
             ]
-            job = _job(name, _typed(merge(own, constant)), free, arm)
-            jobs.setdefault(job.label, job)  # arms that settle what is swept come once
+            swept_here = _swept(free, arm)
+            if _label_of(swept_here) not in jobs:  # arms that settle what is swept come once
+                job = _job(name, _typed(merge(own, constant)), free, swept_here)
+                jobs[job.label] = job
     if len({job.run_dir for job in jobs.values()}) < len(jobs):
         where = next(iter(jobs.values())).run_dir
         raise Refusal("run_dir", where, "one folder per job", "give runs_dir instead")
     return Path(first.runs_dir) / name, list(jobs.values())
 
 
-def _job(name: str, constant: list[str], combination: Sequence[str], arm: str | None) -> Job:
-    parsed = parse_overrides(combination)
+def _swept(combination: Sequence[str], arm: str | None) -> dict[str, Any]:
+    parsed = parse_overrides(combination) if combination else []
     swept: dict[str, Any] = {"arm": arm} if arm is not None else {}
-    swept |= {o.key_or_group.replace("recipes", "recipe"): o.value() for o in parsed}
-    label = _label(",".join(f"{key}={value}" for key, value in redact(swept).items()))
+    return swept | {o.key_or_group.replace("recipes", "recipe"): o.value() for o in parsed}
+
+
+def _label_of(swept: dict[str, Any]) -> str:
+    return _label(",".join(f"{key}={value}" for key, value in redact(swept).items()))
+
+
+def _job(name: str, constant: list[str], combination: Sequence[str], swept: dict[str, Any]) -> Job:
+    label = _label_of(swept)
     quoted = f"{name}/{label}".replace("'", "\\'")
     overrides = [*constant, *map(_as_typed, combination), f"name='{quoted}'"]
     return Job(label=label, swept=swept, overrides=overrides, cfg=compose(overrides))
@@ -260,9 +290,7 @@ def _check(jobs: Sequence[Job]) -> None:
         preflight(job.cfg, list(job.cfg.stages))
 
 
-def _one_by_one(
-    jobs: Sequence[Job], launch: Launch, folder: Path, start: float
-) -> Iterator[tuple[Job, Outcome]]:
+def _one_by_one(jobs: Sequence[Job], launch: Launch, folder: Path) -> Iterator[tuple[Job, Outcome]]:
     """Start an `accelerate launch` for each job, and say how it went."""
     environment = {name: v for name, v in os.environ.items() if not _LAUNCHER.fullmatch(name)}
     for job in jobs:
@@ -282,7 +310,7 @@ def _one_by_one(
 
 
 def _share_out(
-    jobs: Sequence[Job], launch: Launch, folder: Path, start: float
+    jobs: Sequence[Job], pool: Pool, folder: Path, deadline: float | None
 ) -> Iterator[tuple[Job, Outcome]]:
     """Let workers do the jobs until the time is out, and say how each went."""
     if not jobs:
@@ -294,14 +322,12 @@ def _share_out(
         log_file = job.run_dir / LOG
         before[job.label] = log_file.stat().st_size if log_file.is_file() else 0
         tasks.append(Task(job.label, job.overrides, log_file))
-    deadline = None if launch.time_limit is None else start + launch.time_limit
-    with Pool(min(launch.workers, max(1, len(jobs))), launch.mixed_precision) as pool:
-        for done in pool.run(tasks, deadline):
-            job = known[done.task.name]
-            if done.code in STOPPED:
-                yield job, _entry(job, folder, "stopped", round(done.seconds, 1))
-                continue
-            yield job, _ended(job, folder, done.code, done.seconds, before[job.label])
+    for done in pool.run(tasks, deadline):
+        job = known[done.task.name]
+        if done.code in STOPPED:
+            yield job, _entry(job, folder, "stopped", round(done.seconds, 1))
+            continue
+        yield job, _ended(job, folder, done.code, done.seconds, before[job.label])
 
 
 def _ended(job: Job, folder: Path, code: int, seconds: float, log_start: int) -> Outcome:

@@ -20,7 +20,10 @@ from gossamer.train.refusal import Refusal
 
 def serve(requests: IO[str], answers: IO[str]) -> None:
     """Do the jobs that arrive on `requests` until it ends."""
+    from gossamer.sparse.attach import families
     from gossamer.train import evaluation, job, stages  # noqa: F401  (the slow imports, once)
+
+    families()
 
     kept: dict[tuple[str, ...], Any] = {}
     for line in requests:

@@ -16,6 +16,7 @@ RECIPE = "# @package _global_\nstages: [calibrate, train, evaluate]\n"
 ARMS = """
 untrained: ["layout.block=[1,2,2]", "stages=[calibrate,evaluate]", seed=0]
 trained: ["layout.block=[1,2,2]", compensation=gated_centroid]
+start: ["layout.block=[1,2,2]", compensation=gated_centroid, "stages=[calibrate,evaluate]"]
 dense: [sparsity=0.0, loss=flow_matching, evaluation.floor=true]
 """
 
@@ -51,9 +52,9 @@ def test_every_arm_of_the_study_composes_at_every_sparsity(tmp_path: Path) -> No
 
 def test_an_arm_wins_over_the_sweep_and_comes_once_for_what_it_settles(recipe: Path) -> None:
     found = jobs(f"recipe={recipe}", "sweep.arms=[dense,untrained]", "sparsity=0.5", "seed=1,2")
-    assert [job.label for job in found] == ["arm=dense,seed=1", "arm=dense,seed=2", "arm=untrained"]
-    assert [job.cfg.sparsity for job in found] == [0.0, 0.0, 0.5]
-    assert [job.cfg.seed for job in found] == [1, 2, 0]
+    assert [job.label for job in found] == ["arm=dense,seed=1", "arm=untrained", "arm=dense,seed=2"]
+    assert [job.cfg.sparsity for job in found] == [0.0, 0.5, 0.0]
+    assert [job.cfg.seed for job in found] == [1, 0, 2]
 
 
 def test_unknown_arms_and_recipes_without_arms_are_refused(recipe: Path) -> None:
@@ -109,7 +110,7 @@ def test_a_study_runs_in_a_worker_and_a_second_call_has_nothing_to_do(
     ]  # fmt: skip
     assert sweep(overrides) == 0
     rows = {row["overrides"]["arm"]: row for row in map(json.loads, results.open())}
-    assert set(rows) == {"untrained", "trained", "dense"}
+    assert set(rows) == {"untrained", "trained", "start", "dense"}
     untrained, trained, dense = rows["untrained"], rows["trained"], rows["dense"]
     assert untrained["velocity_error"]["before"] == untrained["velocity_error"]["after"]["0"]
     assert untrained["training"] == {} and not untrained["trained"]
@@ -121,10 +122,14 @@ def test_a_study_runs_in_a_worker_and_a_second_call_has_nothing_to_do(
     assert "teacher/other_noise" in dense["quality"] and "real/teacher" in dense["quality"]
     floor = dense["floor"]["backends"]
     assert "math" in floor and max(max(clip) for clip in floor["math"]) < 1e-4
+    assert trained["velocity_error"]["before"] == rows["start"]["velocity_error"]["before"]
     sweep_dir = tmp_path / "runs" / "tiny-sweep"
+    logs = {file.parent.name: file.read_text() for file in sweep_dir.glob("*/log.txt")}
+    shared = [job for job, log in logs.items() if "calibration taken from" in log]
+    assert shared == ["arm=start"] and len(list((sweep_dir / "calibrations").iterdir())) == 2
     assert not list(sweep_dir.glob("*/checkpoints")) and (sweep_dir / "report").is_dir()
     stamp = results.read_bytes()
     assert sweep(overrides) == 0
     assert results.read_bytes() == stamp
     summary = json.loads((sweep_dir / "summary.json").read_text())
-    assert [job["status"] for job in summary] == ["skipped"] * 3
+    assert [job["status"] for job in summary] == ["skipped"] * 4

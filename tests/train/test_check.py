@@ -178,3 +178,10 @@ def test_too_small_a_disk_is_warned_of(
     monkeypatch.setattr(logging.getLogger("gossamer"), "propagate", True)
     preflight(demo(tmp_path, "recipe=demo"), ["encode", "train"])
     assert "3 checkpoints of 0.1 GB need more than the 0.1 GB free" in caplog.text
+
+
+@pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.95])
+def test_a_policy_may_keep_just_the_density_asked_for(tmp_path: Path, sparsity: float) -> None:
+    """1 - 0.9 as fp32 is above 0.1."""
+    given = f"sparsity={sparsity}", f"policy.k={round(1 - sparsity, 9)}", "allocation=fixed"
+    check(demo(tmp_path, "device=cpu", "recipe=demo", *given))

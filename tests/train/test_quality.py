@@ -58,13 +58,28 @@ def test_equal_videos_are_as_alike_as_can_be(pair: tuple) -> None:
     assert found["ssim"] == pytest.approx([1, 1]) and min(found["psnr"]) > 100
 
 
-def test_vmaf_without_its_program_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measures_without_their_program_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(Refusal, match="pip install imageio-ffmpeg, or leave it out"):
         quality.check_extra(["vmaf"])
+    monkeypatch.setitem(sys.modules, "flip_evaluator", None)
+    with pytest.raises(Refusal, match="pip install flip-evaluator, or leave it out"):
+        quality.check_extra(["flip"])
+    with pytest.raises(Refusal, match=r"evaluation\.extra=lpips: allowed is vmaf, flip"):
+        quality.check_extra(["lpips"])
     quality.check_extra([])
+
+
+def test_flip_is_zero_for_equal_frames_and_grows_with_noise(pair: tuple) -> None:
+    pytest.importorskip("flip_evaluator")
+    ramp = torch.arange(64, dtype=torch.uint8).expand(3, 32, 64)[..., None].expand(-1, -1, -1, 3)
+    noise = torch.randint(0, 90, ramp.shape, generator=torch.Generator().manual_seed(0))
+    found = [quality.flip((ramp + part).to(torch.uint8), ramp) for part in (noise // 4, noise)]
+    assert quality.flip(ramp, ramp) == 0 < found[0] < found[1] <= 1
 
 
 def test_vmaf_falls_with_noise(pair: tuple) -> None:

@@ -66,10 +66,20 @@ class Cell:
     @property
     def speedup(self) -> float | None:
         """Return how many times faster a sampling step is than the dense teacher's, in this run."""
+        return self.faster("")
+
+    def faster(self, part: str) -> float | None:
+        """Return the same of a part of the step, "_attention" or all of it, ""."""
+        teacher, student = f"teacher{part}", f"student{part}"
         seconds = [row["forward_seconds"] for row in self.rows]
-        if not all("teacher" in pair for pair in seconds):
+        if not all(teacher in each for each in seconds):
             return None
-        return float(np.mean([pair["teacher"] / pair["student"] for pair in seconds]))
+        return float(np.mean([each[teacher] / each[student] for each in seconds]))
+
+    def milliseconds(self, name: str) -> float | None:
+        """Return a time of a sampling step of one batch (student, student_attention ...)."""
+        found = [row["forward_seconds"].get(name) for row in self.rows]
+        return 1e3 * float(np.mean(found)) if all(x is not None for x in found) else None
 
     @property
     def curve(self) -> Array | None:

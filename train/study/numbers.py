@@ -41,6 +41,13 @@ WORDS = {
     "T": "the teacher itself",
 }
 MISMATCHED = {"few": "trained on few clips", "other": "trained on another film"}
+MEASURES = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "flip": "Perceptual distance (FLIP, lower is better)",
+    "vmaf": "VMAF",
+    "temporal_psnr": "PSNR of frame differences, dB",
+}
 PLOT = "numbers_pareto.png"
 
 
@@ -89,29 +96,28 @@ def page(study: Study, *, source: str, has_plot: bool) -> Iterator[str]:
     yield "Error of the untrained start; density realised on the held-out clips after training."
     yield ""
     yield from _by_sparsity(study, _start)
-    for pair, measure, title in (
-        ("teacher/after", "psnr", "PSNR to the teacher's sample, dB"),
-        ("real/after", "psnr", "PSNR to the real clip, dB"),
-        ("teacher/after", "ssim", "SSIM to the teacher's sample"),
-        ("teacher/after", "temporal_psnr", "PSNR of frame differences to the teacher's, dB"),
-        ("teacher/after", "vmaf", "VMAF to the teacher's sample"),
-    ):
-        if any(cell.quality(pair, measure) is not None for cell in study.cells.values()):
-            yield f"## {title}"
-            yield ""
-            yield from _by_sparsity(study, _quality(pair, measure))
+    for measure, title in MEASURES.items():
+        for pair, other in (("teacher/after", "teacher's sample"), ("real/after", "real clip")):
+            if any(cell.quality(pair, measure) is not None for cell in study.cells.values()):
+                yield f"## {title}, to the {other}"
+                yield ""
+                yield from _by_sparsity(study, _quality(pair, measure))
     yield "## Cost"
     yield ""
     yield (
-        "Steps and GPU-seconds until C's last error at the same sparsity; seconds of a training "
-        "step; peak memory of training; speed of a sampling step against the dense teacher's in "
-        "the same process."
+        "Steps and GPU-seconds until C's last error at the same sparsity, on the clips watched in "
+        "training; seconds of a training step; peak memory of training; then, of one batch of "
+        "held-out clips, a sampling step and all its self-attentions (order, mask and kernels), "
+        "in milliseconds and how many times faster than the dense teacher's in the same process."
     )
     yield ""
     for sparsity in study.sparsities:
         yield from _cost(study, sparsity)
     if has_plot:
         yield from ("## Pareto front", "", f"![error against sparsity and speed]({PLOT})", "")
+        for name, words in (("sparsity", "sparsity"), ("speedup", "speed of a sampling step")):
+            yield f"Error against {words}: {_front(study, name)}."
+            yield ""
 
 
 def _floor(study: Study) -> Iterator[str]:
@@ -132,9 +138,18 @@ def _floor(study: Study) -> Iterator[str]:
             found = teacher.quality(pair, "psnr")
             if found is not None:
                 rows.append((words, bootstrap([found], teacher.sampled_shots, mean).text(2)))
+        for measure in MEASURES:
+            found = teacher.quality("teacher/other_noise", measure)
+            if found is not None and measure != "psnr":
+                words = f"teacher, another noise: {MEASURES[measure]}, to its sample"
+                rows.append((words, bootstrap([found], teacher.sampled_shots, mean).text(3)))
     if control is not None and control.after is not None:
         error = bootstrap([control.after.mean(-1)], control.shots, mean)
         rows.append(("J, dense fine-tuning: velocity error", error.text()))
+        found = control.quality("teacher/after", "psnr")
+        if found is not None:
+            text = bootstrap([found], control.sampled_shots, mean).text(2)
+            rows.append(("J, dense fine-tuning: PSNR to the teacher's sample, dB", text))
     if rows:
         yield from ("## Floor and ceiling", "", *_table(("what", "value"), rows), "")
 
@@ -156,7 +171,9 @@ def _by_level(study: Study, sparsity: float) -> Iterator[str]:
     for arm in study.arms:
         cell = study.get(arm, sparsity)
         if cell is not None and cell.after is not None:
-            rows.append((named(arm), *(f"{x:.3f}" for x in cell.after.mean((0, 1)))))
+            levelled = (cell.after[..., i] for i in range(len(levels)))
+            texts = (bootstrap([x], cell.shots, mean, draws=500).text() for x in levelled)
+            rows.append((named(arm), *texts))
     yield from (f"At {100 * sparsity:g} %, by noise level:", "")
     yield from (*_table(("arm", *(f"t = {level:g}" for level in levels)), rows), "")
 
@@ -181,10 +198,16 @@ def _cost(study: Study, sparsity: float) -> Iterator[str]:
                 *steps,
                 _figure(cell.cost("step_seconds"), 3),
                 _figure(cell.cost("peak_memory_gib"), 1),
+                _figure(cell.milliseconds("student"), 2),
                 _figure(cell.speedup, 2),
+                _figure(cell.milliseconds("student_attention"), 2),
+                _figure(cell.faster("_attention"), 2),
             )
         )
-    head = ("arm", "steps", "GPU-seconds", "s a step", "GiB", "sampling step, times faster")
+    head = (
+        *("arm", "steps", "GPU-seconds", "s a step", "GiB"),
+        *("sampling step, ms", "faster", "attention, ms", "faster"),
+    )
     yield from (f"At {100 * sparsity:g} %:", "", *_table(head, rows), "")
 
 
@@ -207,7 +230,7 @@ def _quality(pair: str, measure: str) -> Callable[[Cell], str]:
         found = cell.quality(pair, measure)
         if found is None:
             return ""
-        digits = 3 if measure == "ssim" else 2
+        digits = 3 if measure in ("ssim", "flip") else 2
         return bootstrap([found], cell.sampled_shots, mean).text(digits)
 
     return figure
@@ -243,14 +266,30 @@ class Point:
 
 def draw_pareto(study: Study, path: Path) -> bool:
     """Save error against sparsity and against the speed of a sampling step; False without data."""
-    points = [
+    points = _points(study)
+    if points:
+        _pareto(points).savefig(path, dpi=144)
+    return bool(points)
+
+
+def _points(study: Study) -> list[Point]:
+    return [
         Point(cell.arm, float(cell.after.mean()), cell.sparsity, cell.speedup)
         for _, cell in sorted(study.cells.items())
         if cell.sparsity > 0 and cell.after is not None
     ]
-    if points:
-        _pareto(points).savefig(path, dpi=144)
-    return bool(points)
+
+
+def _front(study: Study, name: str) -> str:
+    """Return the arms that no other beats in error and in sparsity or speed, in words."""
+    shown = [point for point in _points(study) if getattr(point, name) is not None]
+    x = np.array([getattr(point, name) for point in shown], dtype=np.float64)
+    front = [shown[i] for i in pareto_front(x, np.array([point.error for point in shown]))]
+    return "; ".join(
+        f"{point.arm} at {100 * point.sparsity:g} % ({point.error:.3f}"
+        + (f", {point.speedup:.2f}x)" if point.speedup is not None else ")")
+        for point in front
+    )
 
 
 def _pareto(points: Sequence[Point]) -> Figure:
