@@ -1,6 +1,7 @@
 """Tensors that are shared out among processes (DTensor) as whole ones, and back."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,19 @@ def shared_like(tensor: Tensor, like: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """Return this process's share of a tensor, or the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW on this process's shares: each element's update needs no other one.
+
+    torch's own takes no group of shared-out and whole parameters where it is fused.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
+        has_complex: bool = super()._init_group(group, *lists)  # fills the lists
+        for tensors in lists:
+            tensors[:] = map(local, tensors)
+        return has_complex
 
 
 def norm_of(gradients: list[Tensor]) -> Tensor:
