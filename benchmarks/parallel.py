@@ -230,10 +230,11 @@ def train(mode: Mode, options: Any, accelerator: Accelerator, parallel: Parallel
         if mode.base == "kill" and step == 1 and accelerator.process_index == clips - 1:
             (options.out / "killed").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
+        first = step * clips + parallel.data_rank * parts
+        batches = [_clip(shape, first + part, device) for part in range(parts)]
         start = _now(accelerator)
         total = torch.zeros((), device=device)
-        for part in range(parts):
-            batch = _clip(shape, step * clips + parallel.data_rank * parts + part, device)
+        for part, batch in enumerate(batches):
             with parallel.accumulating(forward) if part + 1 < parts else nullcontext():
                 loss = torch.stack(list(forward(batch).values())).sum() / parts
                 accelerator.backward(loss)

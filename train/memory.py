@@ -63,8 +63,9 @@ class Memory:
         FSDP2 holds two blocks whole, gathering the next while one computes, and reduces gradients
         in fp32; DDP holds a copy of the gradients.
         """
+        copied = split.shards == 1 and split.replicas > 1
+        buckets = {"DDP's buckets": self.states["gradients"]} if copied else {}
         if split.shards == split.sequence == 1:
-            buckets = {"DDP's buckets": self.states["gradients"]} if split.replicas > 1 else {}
             return replace(self, parts={**self.parts, **buckets})
         whole = set() if split.teacher_sharded else {"teacher"}
         parts = {
@@ -74,7 +75,7 @@ class Memory:
         if split.shards > 1:
             parts["gathered blocks"] = self.gathered
         parts["activations"] = self.activations // split.sequence
-        return replace(self, parts={**parts, "workspaces": _WORKSPACE})
+        return replace(self, parts={**parts, **buckets, "workspaces": _WORKSPACE})
 
     def __str__(self) -> str:
         parts = ", ".join(f"{n} {b / GIB:.1f}" for n, b in self.parts.items() if b >= GIB / 20)

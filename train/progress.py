@@ -15,7 +15,7 @@ from gossamer.train.health import Health
 from gossamer.train.lora import base_of, check_base, trained_state
 from gossamer.train.optimizers import Numbers
 from gossamer.train.refusal import Refusal
-from gossamer.train.sharded import Groups, gathered, shared_like
+from gossamer.train.sharded import Groups, gathered, local, shared_like
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ class Progress:
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
         parameters = self.named_parameters()
-        for name, average in self.ema.items():
-            average.lerp_(parameters[name], 1 - decay)
+        trained = [local(parameters[name]) for name in self.ema]
+        torch._foreach_lerp_(list(map(local, self.ema.values())), trained, 1 - decay)
 
     def tensors(self, *, keep: bool) -> Groups:
         """Return what a checkpoint holds, where `keep`; all processes call it."""

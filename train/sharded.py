@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 Groups = dict[str, dict[str, Tensor]]
 
@@ -59,9 +59,18 @@ class AdamW(torch.optim.AdamW):
 
 
 def norm_of(gradients: list[Tensor]) -> Tensor:
-    """Return the norm of all gradients together, shared out or not; all processes call it."""
+    """Return the norm of all gradients together, shared out alike or not; all processes call it."""
     kinds = [
         [g for g in gradients if isinstance(g, DTensor) is is_shared] for is_shared in (False, True)
     ]
-    norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+    norms = [_norm_of_kind(kind) for kind in kinds if kind]
     return torch.stack(norms).norm()
+
+
+def _norm_of_kind(gradients: list[Tensor]) -> Tensor:
+    norm = torch.nn.utils.get_total_norm(list(map(local, gradients)))
+    first = gradients[0]
+    if not isinstance(first, DTensor):
+        return norm
+    sums = [Partial() if p.is_shard() else p for p in first.placements]
+    return whole(DTensor.from_local(norm.square(), first.device_mesh, sums)).sqrt()

@@ -132,6 +132,8 @@ def test_processes_share_the_states_and_gather_two_blocks() -> None:
     assert plan(sequence=2)["activations"] == eight["activations"] // 2
     replicas = plan(replicas=8)
     assert replicas["DDP's buckets"] > 0 and replicas["weights"] == one["weights"]
+    assert plan(replicas=2, sequence=2)["DDP's buckets"] == replicas["DDP's buckets"]
+    assert "DDP's buckets" not in one.keys() | eight.keys()
 
 
 @pytest.mark.parametrize(
