@@ -244,7 +244,7 @@ def test_check_tells_the_memory_of_a_step(tmp_path: Any) -> None:
 def test_running_out_of_memory_names_settings_for_the_stage(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gossamer.train.check._check_data", lambda cfg, *_: cfg.data)
+    monkeypatch.setattr("gossamer.train.check.check_data", lambda cfg, *_: cfg.data)
     where = [f"data.dir={tmp_path}/data", f"runs_dir={tmp_path}/runs", "device=cpu"]
     job: Any = SimpleNamespace(cfg=compose(["recipe=demo", *where]), device=torch.device("cpu"))
     said = {}

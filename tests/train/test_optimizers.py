@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from gossamer.train.check import preflight
-from gossamer.train.checkpoint import load, load_optimizer, optimizer_tensors, save
+from gossamer.train.checkpoint import load, save
 from gossamer.train.config import build, compose
+from gossamer.train.optimizer_state import load_optimizer, optimizer_tensors
 from gossamer.train.optimizers import AdamW, AdamW8bit
 from gossamer.train.refusal import Refusal
 
