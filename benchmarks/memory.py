@@ -4,13 +4,14 @@ import argparse
 import gc
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gossamer.benchmarks.table import environment
-from gossamer.benchmarks.training_step import DENSE, LATENTS, Row, Step, config, measure
+from gossamer.benchmarks.training_step import DENSE, LATENTS, SHAPES, Row, Step, config, measure
 from gossamer.train.files import write_atomic
 from gossamer.train.memory import GIB, Memory, Split, estimate
 
@@ -75,10 +76,10 @@ def planned() -> str:
     return "\n".join(lines)
 
 
-def compared(shape: str, latent: tuple[int, ...], only: str) -> str:
-    """Return a table of what steps took on this GPU beside what was planned."""
-    device = torch.device("cuda")
-    rows = []
+def compared(shape: str, latent: tuple[int, ...], only: str) -> Iterator[str]:
+    """Yield a table of what steps took on the GPU beside what was planned, row by row."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    yield "| step | measured GiB | planned GiB | off by |\n|---|---|---|---|\n"
     for name, more in MEASURED.items():
         if only not in name:
             continue
@@ -88,24 +89,22 @@ def compared(shape: str, latent: tuple[int, ...], only: str) -> str:
         def make(cfg: Any = cfg) -> Step:
             return Step(cfg, latent, TEXT, device)
 
-        rows.append(measure(name, make, total, steps=2))
+        yield _line(measure(name, make, total, steps=2)) + "\n"
         gc.collect()
         torch.cuda.empty_cache()
-        sys.stderr.write(f"{_line(rows[-1])}\n")
-    lines = ["| step | measured GiB | planned GiB | off by |", "|---|---|---|---|"]
-    return "\n".join([*lines, *map(_line, rows)]) + "\n"
 
 
 def _line(row: Row) -> str:
     if row.reason:
         return f"| {row.variant} | {row.reason} | {row.estimated / GIB:.1f} | - |"
-    off = row.estimated / row.peak - 1
-    return f"| {row.variant} | {row.peak / GIB:.1f} | {row.estimated / GIB:.1f} | {off:+.1%} |"
+    off = f"{row.estimated / row.peak - 1:+.1%}" if row.peak else "-"
+    return f"| {row.variant} | {row.peak / GIB:.1f} | {row.estimated / GIB:.1f} | {off} |"
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", action="store_true", help="take steps on this GPU")
+    parser.add_argument("--shape", choices=SHAPES, default="1.3b", help="of what is measured")
     parser.add_argument("--latent", choices=LATENTS, default="480p", help="of what is measured")
     parser.add_argument("--only", default="", help="measure what has this in its name")
     parser.add_argument("--commit", default="")
@@ -115,14 +114,19 @@ def main(arguments: list[str]) -> int:
     header = environment(command, options.commit)
     said = ", ".join(f"{key} {value}" for key, value in header.items() if key != "command")
     if options.measure:
-        title = f"# Memory of a step, 1.3B at {options.latent}: measured and planned"
-        body = compared("1.3b", LATENTS[options.latent], options.only)
+        size = f"{options.shape.upper()} at {options.latent}"
+        title = f"# Memory of a step, {size}: measured and planned"
+        parts = compared(options.shape, LATENTS[options.latent], options.only)
     else:
-        title, body = "# Memory of a step: planned, not measured", planned()
-    text = f"{title}\n\n{said}. Command: `{command}`.\n\n{body}"
+        title, parts = "# Memory of a step: planned, not measured", iter([planned()])
+    text = f"{title}\n\n{said}. Command: `{command}`.\n\n"
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(options.out, text)
     sys.stdout.write(text)
+    for part in parts:
+        text += part
+        write_atomic(options.out, text)  # each row when it is there
+        sys.stdout.write(part)
+        sys.stdout.flush()
     return 0
 
 

@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from gossamer.train.loop import TrainSettings, mean_density
 from gossamer.train.lora import add_adapters
 from gossamer.train.memory import GIB, estimate
 from gossamer.train.progress import Progress, parameter_groups
+from gossamer.train.refusal import Refusal
 from gossamer.train.teacher import Cached, Frozen, Offloaded, Shared
 
 SHAPES = {
@@ -130,7 +132,8 @@ class Step:
         self.marks = Marks(device)
         clips = cfg.batch_size // cfg.grad_accumulation
         source = build(cfg.model)
-        student = source.load(0)
+        with device:  # where random weights take no time
+            student = source.load(0)
         names = ("layout", "estimator", "policy", "compensation", "backend")
         spec = {name: cfg[name] for name in names}
         attach(student, method_from_spec(spec) if cfg.sparsity else None)
@@ -170,14 +173,14 @@ class Step:
 
         class Stub:  # of the job that starts a teacher
             device = self.device
-            parallel = SimpleNamespace(place=lambda model: model.to(self.device))
+            parallel = SimpleNamespace(
+                place=lambda model: model.to(self.device), share_tokens=lambda model: None
+            )
 
             def dense_on_cpu(self) -> nn.Module:
-                model: nn.Module = attach(source.load(0), None)
+                with nullcontext() if isinstance(teacher, Offloaded) else self.device:
+                    model: nn.Module = attach(source.load(0), None)
                 return _cast(model.requires_grad_(False).eval(), weights)
-
-            def dense(self) -> nn.Module:
-                return self.dense_on_cpu().to(self.device)
 
             def guided(self, model: nn.Module) -> nn.Module:
                 return model
@@ -242,10 +245,11 @@ def measure(
     *,
     top_kernels: bool = False,
 ) -> Row:
-    """Time `steps` steps after two that warm up; one that runs out of memory is a row as well."""
+    """Time `steps` steps after two that warm up; one that cannot run is a row as well."""
+    on_gpu = torch.cuda.is_available()
+    before = torch.cuda.memory_allocated() if on_gpu else 0
     try:
         step = make()
-        on_gpu = step.device.type == "cuda"
         for _ in range(_WARM_UP):
             step()
             step.marks.take()
@@ -255,11 +259,11 @@ def measure(
         for _ in range(steps):
             step()
             spans.append(step.marks.take())
-        peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+        peak = torch.cuda.max_memory_allocated() - before if on_gpu else 0
         ms = {part: statistics.median(s[part] for s in spans) for part in PARTS if part in spans[0]}
         density = mean_density(step.progress.student)
         return Row(name, density, ms, peak, estimated, kernels=kernels(step) if top_kernels else [])
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, Refusal) as error:
         return Row(name, 0.0, {}, 0, estimated, reason=str(error).partition(".")[0])
 
 

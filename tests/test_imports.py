@@ -114,7 +114,7 @@ def test_benchmarks_import_public_ops_and_sparse_and_of_train_only_helpers(path:
         entry = {f"gossamer.train.{name}" for name in modules}
     externals = {"torch", "triton", "matplotlib"}
     if path.name == "parallel.py":  # takes the steps of a training, as its processes do
-        names = "distiller draws launch losses model noise parallel teacher"
+        names = "distiller draws launch losses model noise optimizers parallel pulse teacher"
         entry = {f"gossamer.train.{name}" for name in names.split()}
         externals.add("accelerate")
     if path.name in ("training_step.py", "memory.py"):  # take the trainer's own step

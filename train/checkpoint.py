@@ -4,37 +4,27 @@ A checkpoint is `folder/step-N`. It is written beside its name, its manifest (SH
 each file) last, and appears by one rename. Nothing older goes before the new one is read back.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
-import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gossamer.train.files import publish, sha256
 from gossamer.train.refusal import Refusal
-from gossamer.train.sharded import shared_like
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
-LOCK = "run.lock"
-_WAYS = ("foreach", "fused")
 _STEP = re.compile(r"step-(\d+)(\.old)?")
 _FILE = re.compile(r"\w[\w.-]*")
-
-NamedParams = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 logger = logging.getLogger(__name__)
 
@@ -157,145 +147,6 @@ def problem(checkpoint: Path, *, quick: bool = False) -> str | None:
         if not same:
             return str(name)
     return None
-
-
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, named_params: NamedParams
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Flatten an AdamW-like optimizer: tensors called `<parameter>/<field>`, the rest as JSON."""
-    names = {param: name for name, param in dict(named_params).items()}
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    groups = []
-    for group in optimizer.param_groups:
-        owned = [names[param] for param in group["params"]]
-        settings = {
-            key: value.item() if isinstance(value, Tensor) else value
-            for key, value in group.items()
-            if key != "params"
-        }
-        groups.append({"params": owned, "settings": settings})
-        for name, param in zip(owned, group["params"], strict=True):
-            for field, value in optimizer.state.get(param, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"{name}/{field}"] = value
-                else:
-                    scalars.setdefault(name, {})[field] = value
-    kind = type(optimizer).__name__
-    return tensors, {"kind": kind, "groups": groups, "scalars": scalars}
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer,
-    named_params: NamedParams,
-    tensors: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-) -> None:
-    """Restore bit for bit what `optimizer_tensors` gave; Refusal if parameters or optimizer differ.
-
-    Unlike Optimizer.load_state_dict it keeps each tensor's dtype. How the update is computed, fused
-    or not, is this machine's matter and stays as it is.
-    """
-    kind, saved_kind = type(optimizer).__name__, state.get("kind", "AdamW")
-    if kind != saved_kind:
-        raise Refusal("optimizer", kind, f"{saved_kind}, of the checkpoint", "set the same one")
-    params = dict(named_params)
-    names = {param: name for name, param in params.items()}
-    groups = optimizer.param_groups
-    current = {(i, names[p]) for i, group in enumerate(groups) for p in group["params"]}
-    saved = {(i, name) for i, group in enumerate(state["groups"]) for name in group["params"]}
-    if current != saved:
-        differing = ", ".join(name for _, name in sorted(current ^ saved)[:5])
-        allowed = "the parameters and groups the checkpoint was trained with"
-        raise Refusal("optimizer", differing, allowed, "resume with the run's own configuration")
-    on_device = set()
-    for group, stored in zip(groups, state["groups"], strict=True):
-        for key, value in stored["settings"].items():
-            if key in _WAYS:
-                continue
-            if isinstance(group.get(key), Tensor):
-                group[key].fill_(value)
-            else:
-                group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
-        if group.get("capturable") or group.get("fused"):
-            on_device.update(stored["params"])
-    optimizer.state.clear()
-    for key, tensor in tensors.items():
-        name, _, field = key.rpartition("/")
-        # torch counts steps on the host unless the update itself runs without it.
-        on_host = field == "step" and name not in on_device
-        own = tensor.clone() if on_host else shared_like(tensor, params[name])
-        optimizer.state[params[name]][field] = own
-    for name, fields in state["scalars"].items():
-        optimizer.state[params[name]].update(fields)
-
-
-class RunLock:
-    """Hold a folder for one process; Refusal, of the key `field`, while another process holds it.
-
-    A process that died on this host frees the lock; one of another host cannot be asked.
-    """
-
-    def __init__(self, folder: Path, field: str = "run_dir") -> None:
-        self._path, self._field = folder / LOCK, field
-        self._file: TextIO | None = None
-
-    def __enter__(self) -> Self:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            file = self._path.open("a+", encoding="utf-8")
-        except OSError as error:
-            fix = f"choose another folder: {error}"
-            raise Refusal(self._field, self._path.parent, "a folder to write into", fix) from error
-        try:
-            self._take(file)
-        except BaseException:
-            file.close()
-            raise
-        self._file = file
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._file is not None:
-            self._file.truncate(0)
-            self._file.close()
-
-    def _take(self, file: TextIO) -> None:
-        file.seek(0)
-        words = file.read().split()
-        pid, host, started = words if len(words) == 3 else ("", "", "")
-        try:
-            # The kernel drops this lock at death, and forked data workers do not inherit it.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = False
-        except (BlockingIOError, PermissionError):
-            held = True
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s), trusting what it says", self._path, error)
-            held = False
-        here = socket.gethostname()
-        if held or (pid and (host != here or _started(pid) == started)):
-            fix = f"stop process {pid} on {host}; if it is gone, delete {self._path.name} there"
-            raise Refusal(self._field, self._path.parent, "a folder no other run writes", fix)
-        if pid:
-            logger.warning("taking over %s from process %s, which died", self._path, pid)
-        file.truncate(0)
-        file.write(f"{os.getpid()} {here} {_started(str(os.getpid())) or '-'}")
-        file.flush()
-
-
-def _started(pid: str) -> str:
-    """Tell when a living process started, in ticks since boot; its pid alone may be reused."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
 
 
 def _write(

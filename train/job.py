@@ -38,6 +38,7 @@ from gossamer.train.processes import on_main
 from gossamer.train.pulse import Pulse, meeting
 from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import CONFIG, check_run_dir
+from gossamer.train.run_lock import RunLock
 from gossamer.train.teacher import Guided, Teacher
 
 log = logging.getLogger(__name__)
@@ -371,7 +372,7 @@ def run(
         stack.enter_context(Pulse(job.accelerator))
 
         def open_run_dir() -> None:
-            stack.enter_context(checkpoint.RunLock(job.run_dir))
+            stack.enter_context(RunLock(job.run_dir))
             check_run_dir(cfg, job.run_dir)
             check_export(job)
             save_config(cfg, job.run_dir / CONFIG)

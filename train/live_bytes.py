@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 BLOCK = 512  # bytes that the CUDA allocator rounds up to
 OTHER = "activations"  # all that nothing else is said of
+GRADIENTS = "gradients"
 
 # What CUDA's autocast casts down, as far as models here use it. What it casts up (norms, softmax)
 # they cast up themselves.
@@ -51,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.peak_phase = ""
-        self.most_other = 0
+        self.most_other: dict[int, int] = {}  # beside so many bytes of gradients
         self._known: dict[int, tuple[str, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,7 +77,8 @@ class LiveBytes(TorchDispatchMode):
     def _add(self, key: int, kind: str, size: int) -> None:
         self._known[key] = kind, size
         self.now[kind] += size
-        self.most_other = max(self.most_other, self.now[OTHER])
+        beside = self.now[GRADIENTS]
+        self.most_other[beside] = max(self.most_other.get(beside, 0), self.now[OTHER])
         if self.now.total() > self.peak.total():
             self.peak, self.peak_phase = self.now.copy(), self.phase
 

@@ -20,7 +20,7 @@ from gossamer.sparse.attach import attach, family_of, mask_parameters, method_fr
 from gossamer.train.config import build
 from gossamer.train.distiller import Distiller
 from gossamer.train.draws import Noised
-from gossamer.train.live_bytes import LikeCuda, LiveBytes
+from gossamer.train.live_bytes import GRADIENTS, LikeCuda, LiveBytes
 from gossamer.train.lora import insert_adapters
 from gossamer.train.refusal import Refusal
 from gossamer.train.teacher import Cached, Frozen, Offloaded, Shared
@@ -50,7 +50,7 @@ class Memory:
     phase: str
     parts: dict[str, int]
     states: dict[str, int]  # what a process holds whole, whenever: all but activations
-    activations: int  # at their own peak
+    activations: dict[int, int]  # the most of them beside so many bytes of gradients
     gathered: int  # for two blocks of sharded weights and gradients
 
     @property
@@ -63,18 +63,22 @@ class Memory:
         FSDP2 holds two blocks whole, gathering the next while one computes, and reduces gradients
         in fp32; DDP holds a copy of the gradients.
         """
+        copied = split.shards == 1 and split.replicas > 1
+        buckets = {"DDP's buckets": self.states[GRADIENTS]} if copied else {}
         if split.shards == split.sequence == 1:
-            buckets = {"DDP's buckets": self.states["gradients"]} if split.replicas > 1 else {}
             return replace(self, parts={**self.parts, **buckets})
         whole = set() if split.teacher_sharded else {"teacher"}
         parts = {
             name: size // (1 if name in whole else split.shards)
             for name, size in self.states.items()
         }
+        parts[GRADIENTS], parts["activations"] = max(
+            ((g // split.shards, a // split.sequence) for g, a in self.activations.items()),
+            key=sum,
+        )
         if split.shards > 1:
             parts["gathered blocks"] = self.gathered
-        parts["activations"] = self.activations // split.sequence
-        return replace(self, parts={**parts, "workspaces": _WORKSPACE})
+        return replace(self, parts={**parts, **buckets, "workspaces": _WORKSPACE})
 
     def __str__(self) -> str:
         parts = ", ".join(f"{n} {b / GIB:.1f}" for n, b in self.parts.items() if b >= GIB / 20)
@@ -108,17 +112,17 @@ def estimate(
     live.now["optimizer"] = sum(optimizer.state_bytes(p) for p in trained)
     if loss.needs_teacher:
         live.now["teacher"] = _teacher_bytes(build(cfg.teacher), _cast(source.skeleton(), weights))
-    states = {**live.now, "gradients": sum(map(_bytes, trained))}
+    states = {**live.now, GRADIENTS: sum(map(_bytes, trained))}
     noised = _noised(latent, text, clips, has_condition=source.condition != "none")
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(
-            lambda p: live.count(p.grad, "gradients") if p.grad is not None else None
+            lambda p: live.count(p.grad, GRADIENTS) if p.grad is not None else None
         )
     with warnings.catch_warnings(action="ignore"), live, like:
         if cfg.grad_accumulation > 1:  # an earlier part's are there
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
-                live.count(parameter.grad, "gradients")
+                live.count(parameter.grad, GRADIENTS)
         distiller = Distiller(student, _Given(), loss, lambda batch: noised)  # type: ignore[arg-type]
         live.phase = "forward"
         with like.autocast(dtype):

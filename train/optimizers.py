@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.train import sharded
 from gossamer.train.refusal import Refusal
 
 _8BIT_FROM = 4096  # bitsandbytes keeps the moments of smaller tensors in fp32
@@ -40,7 +41,7 @@ class AdamW(Numbers):
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return the optimizer of parameter groups; their learning rates are set at each step."""
         on_gpu = all(p.is_cuda for group in groups for p in group["params"])
-        return torch.optim.AdamW(groups, betas=self.betas, fused=on_gpu or None)
+        return sharded.AdamW(groups, betas=self.betas, fused=on_gpu or None)
 
     def state_bytes(self, parameter: Tensor) -> int:
         """Return what is kept for a parameter from step to step."""

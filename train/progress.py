@@ -13,9 +13,10 @@ from gossamer.train import checkpoint
 from gossamer.train.density_controller import DensityController
 from gossamer.train.health import Health
 from gossamer.train.lora import base_of, check_base, trained_state
+from gossamer.train.optimizer_state import load_optimizer, optimizer_tensors
 from gossamer.train.optimizers import Numbers
 from gossamer.train.refusal import Refusal
-from gossamer.train.sharded import Groups, gathered, shared_like
+from gossamer.train.sharded import Groups, gathered, local, shared_like
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +44,12 @@ class Progress:
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
         parameters = self.named_parameters()
-        for name, average in self.ema.items():
-            average.lerp_(parameters[name], 1 - decay)
+        trained = [local(parameters[name]) for name in self.ema]
+        torch._foreach_lerp_(list(map(local, self.ema.values())), trained, 1 - decay)
 
     def tensors(self, *, keep: bool) -> Groups:
         """Return what a checkpoint holds, where `keep`; all processes call it."""
-        optimizer, _ = checkpoint.optimizer_tensors(self.optimizer, self.named_parameters())
+        optimizer, _ = optimizer_tensors(self.optimizer, self.named_parameters())
         groups = {"model": trained_state(self.student), "optimizer": optimizer}
         if self.ema:
             groups["ema"] = self.ema
@@ -56,7 +57,7 @@ class Progress:
 
     def save(self, folder: Path, keep: int, groups: Groups) -> Path | None:
         """Write a checkpoint of `tensors`; None when the disk refused it."""
-        _, optimizer = checkpoint.optimizer_tensors(self.optimizer, self.named_parameters())
+        _, optimizer = optimizer_tensors(self.optimizer, self.named_parameters())
         state = {
             "step": self.step,
             "optimizer": optimizer,
@@ -70,7 +71,7 @@ class Progress:
         tensors, state = checkpoint.load(path)
         check_base(self.student, state.get("base"), path)
         load_student(self.student, tensors["model"], path)
-        checkpoint.load_optimizer(
+        load_optimizer(
             self.optimizer, self.named_parameters(), tensors["optimizer"], state["optimizer"]
         )
         own, ema = self.named_parameters(), tensors.get("ema", {})

@@ -1,10 +1,11 @@
 """Tensors that are shared out among processes (DTensor) as whole ones, and back."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 Groups = dict[str, dict[str, Tensor]]
 
@@ -44,10 +45,32 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW on this process's shares: each element's update needs no other one.
+
+    torch's own takes no group of shared-out and whole parameters where it is fused.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
+        has_complex: bool = super()._init_group(group, *lists)  # fills the lists
+        for tensors in lists:
+            tensors[:] = map(local, tensors)
+        return has_complex
+
+
 def norm_of(gradients: list[Tensor]) -> Tensor:
-    """Return the norm of all gradients together, shared out or not; all processes call it."""
+    """Return the norm of all gradients together, shared out alike or not; all processes call it."""
     kinds = [
         [g for g in gradients if isinstance(g, DTensor) is is_shared] for is_shared in (False, True)
     ]
-    norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+    norms = [_norm_of_kind(kind) for kind in kinds if kind]
     return torch.stack(norms).norm()
+
+
+def _norm_of_kind(gradients: list[Tensor]) -> Tensor:
+    norm = torch.nn.utils.get_total_norm(list(map(local, gradients)))
+    first = gradients[0]
+    if not isinstance(first, DTensor):
+        return norm
+    sums = [Partial() if p.is_shard() else p for p in first.placements]
+    return whole(DTensor.from_local(norm.square(), first.device_mesh, sums)).sqrt()

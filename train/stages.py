@@ -11,8 +11,7 @@ from omegaconf import OmegaConf
 
 from gossamer.train import loop
 from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
-from gossamer.train.check import check_splits
-from gossamer.train.checkpoint import RunLock
+from gossamer.train.check_data import check_splits
 from gossamer.train.config import build, data_dir, data_url, encode_settings
 from gossamer.train.data.encode import encode
 from gossamer.train.data.shards import Manifest
@@ -20,6 +19,7 @@ from gossamer.train.distiller import Distiller
 from gossamer.train.files import write_atomic
 from gossamer.train.negative import store_negative
 from gossamer.train.processes import check_same, on_main
+from gossamer.train.run_lock import RunLock
 from gossamer.train.teach import write_cache
 from gossamer.train.teacher import Cached
 from gossamer.train.watch import watch_of

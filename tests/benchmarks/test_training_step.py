@@ -1,6 +1,7 @@
 """The benchmark of a training step, at a size that a CPU does at once."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,13 +72,30 @@ def test_spans_lie_between_marks() -> None:
     assert marks.take() == {}
 
 
-def test_the_plan_has_a_row_for_each_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let both models be tiny, and clips."""
     config = memory.config
-    small = [s for s in TINY if not s.startswith(("layout", "model.text_dim", "model.channels"))]
-    monkeypatch.setattr(memory, "config", lambda *more, shape: config(*small, *more, shape=shape))
+    less = [s for s in TINY if not s.startswith(("layout", "model.text_dim", "model.channels"))]
+    monkeypatch.setattr(memory, "config", lambda *more, shape: config(*less, *more, shape=shape))
+    monkeypatch.setattr(memory, "LATENTS", {"480p": (16, 2, 8, 16)})
+
+
+def test_every_step_that_is_measured_runs(
+    small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert memory.main(["--measure", "--out", str(tmp_path / "memory.md")]) == 0
+    said = (tmp_path / "memory.md").read_text()
+    assert all(f"| {row} | 0.0 | " in said for row in memory.MEASURED if "8-bit" not in row)
+    assert "| sparse, 8-bit AdamW | optimizer=adamw_8bit: allowed is" in said
+
+
+def test_the_plan_has_a_row_for_each_way(
+    small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     ways = ("dense fine-tuning", "sparse, LoRA 64, shared teacher")
     monkeypatch.setattr(memory, "ROWS", {way: memory.ROWS[way] for way in ways})
-    monkeypatch.setattr(memory, "LATENTS", {"480p": (16, 2, 8, 16)})
     assert memory.main(["--out", str(tmp_path / "memory.md"), "--commit", "abc"]) == 0
     said = (tmp_path / "memory.md").read_text()
     assert "planned, not measured" in said

@@ -34,6 +34,7 @@ from gossamer.train.config import build, compose, groups, recipes
 from gossamer.train.data.dataset import LatentDataset
 from gossamer.train.data.encode import encode
 from gossamer.train.model import Pretrained, ScratchWan
+from gossamer.train.optimizer_state import optimizer_tensors
 from gossamer.train.redact import redact
 from gossamer.train.refusal import Refusal
 from gossamer.train.text import HashedWords
@@ -181,7 +182,7 @@ def payloads(marker: Path, evil: Path) -> dict[str, dict[str, Any]]:
         "numpy.load": {"file": file, "allow_pickle": True},
         "code.InteractiveInterpreter": {},
         "gossamer.train.config.Path.mkdir": {"_args_": [str(marker)]},
-        "gossamer.train.checkpoint.os.mkdir": {"path": str(marker)},
+        "gossamer.train.run_lock.os.mkdir": {"path": str(marker)},
         "gossamer.train.codec.torch.load": {"f": file, "weights_only": False},
         "gossamer.sparse.construct.import_module": {"name": "os"},
     }
@@ -281,7 +282,7 @@ def write_checkpoint(folder: Path) -> Path:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    tensors, state = checkpoint.optimizer_tensors(optimizer, model.named_parameters())
+    tensors, state = optimizer_tensors(optimizer, model.named_parameters())
     groups = {"model": model.state_dict(), "optimizer": tensors, "ema": model.state_dict()}
     path = checkpoint.save(folder, 3, tensors=groups, state={"optimizer": state}, keep=2)
     assert path is not None

@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gossamer.train import checkpoint
-from gossamer.train.checkpoint import RunLock, latest, load, step_of
+from gossamer.train import checkpoint, run_lock
+from gossamer.train.checkpoint import latest, load, step_of
 from gossamer.train.refusal import Refusal
+from gossamer.train.run_lock import RunLock
 
 POINTS = [
     "before-dir",
@@ -289,8 +290,8 @@ def test_of_processes_that_race_for_a_run_folder_one_gets_it(rounds: Any, tmp_pa
 
 @pytest.mark.case("F11", control=True)
 def test_without_the_lock_two_would_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint.fcntl, "lockf", lambda *args: None)
-    monkeypatch.setattr(checkpoint, "_started", lambda pid: "")
+    monkeypatch.setattr(run_lock.fcntl, "lockf", lambda *args: None)
+    monkeypatch.setattr(run_lock, "_started", lambda pid: "")
     assert race(tmp_path / "folder")[0] > 1
 
 

@@ -15,7 +15,7 @@ from gossamer.sparse.attach import attach
 from gossamer.train.launch import Launch
 from gossamer.train.model import ScratchWan, velocity
 from gossamer.train.parallel import Parallel
-from gossamer.train.sharded import whole
+from gossamer.train.sharded import AdamW, whole
 
 
 def loss_of(model: nn.Module, accelerator: Accelerator) -> Tensor:
@@ -62,6 +62,15 @@ def main() -> None:
     assert torch.equal(parallel.norm(parameters), found)
     parallel.clip(parameters, found, 1e-3)
     assert abs(float(parallel.norm(parameters)) - 1e-3) < 1e-6
+
+    for one, other in zip(model.parameters(), parameters, strict=True):
+        one.grad = None if other.grad is None else whole(other.grad)
+    for group, kind in ((list(model.parameters()), torch.optim.AdamW), (parameters, AdamW)):
+        optimizer = kind(group, lr=0.1, fused=True)  # as on a GPU
+        optimizer.step()
+        optimizer.step()
+    for (name, one), other in zip(model.named_parameters(), parameters, strict=True):
+        assert torch.equal(whole(other), one), name
     accelerator.end_training()
     print("all agree")  # noqa: T201
 

@@ -18,16 +18,11 @@ from torch import Tensor, nn
 
 import gossamer
 from gossamer.train import checkpoint
-from gossamer.train.checkpoint import (
-    RunLock,
-    latest,
-    load,
-    load_optimizer,
-    optimizer_tensors,
-    save,
-)
+from gossamer.train.checkpoint import latest, load, save
 from gossamer.train.files import sha256
+from gossamer.train.optimizer_state import load_optimizer, optimizer_tensors
 from gossamer.train.refusal import Refusal
+from gossamer.train.run_lock import RunLock
 
 POINTS = [
     "before-dir",
@@ -449,7 +444,7 @@ def test_a_run_is_locked_while_it_lives_and_free_after(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from gossamer.train.checkpoint import RunLock
+from gossamer.train.run_lock import RunLock
 with RunLock(Path(sys.argv[1])):
     sys.stdout.write("held\\n")
     sys.stdout.flush()

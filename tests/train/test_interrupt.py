@@ -15,6 +15,7 @@ from gossamer.train import checkpoint, loop
 from gossamer.train.distiller import Distiller
 from gossamer.train.interrupt import SIGNALS, stoppable
 from gossamer.train.losses import VelocityDistillation
+from gossamer.train.run_lock import LOCK
 from gossamer.train.trackers import NoTracker
 
 STEPS = 16
@@ -43,7 +44,7 @@ def assert_stopped(run: Any, after: int) -> None:
     assert checkpoint.latest(run.folder / "checkpoints") == run.newest
     assert run.newest.name == f"step-{len(run.losses)}"
     assert after <= len(run.losses) <= after + 2
-    assert (run.folder / checkpoint.LOCK).read_text() == ""
+    assert (run.folder / LOCK).read_text() == ""
 
 
 @pytest.mark.case("F6", "F7")

@@ -14,7 +14,7 @@ from gossamer.benchmarks.training_step import Step
 from gossamer.train.check import check
 from gossamer.train.config import compose
 from gossamer.train.live_bytes import LikeCuda, LiveBytes
-from gossamer.train.memory import Split, advice, estimate
+from gossamer.train.memory import Memory, Split, advice, estimate
 from gossamer.train.memory_limit import within_memory
 from gossamer.train.refusal import OutOfMemory, Refusal
 
@@ -129,9 +129,19 @@ def test_processes_share_the_states_and_gather_two_blocks() -> None:
     assert plan(shards=8, teacher_sharded=True)["teacher"] == one["teacher"] // 8
     block = eight["gathered blocks"] // (2 * (2 + 4))  # parameters, in bf16 and gradients in fp32
     assert 30_000 < block < one["weights"] // 4 // 3
-    assert plan(sequence=2)["activations"] == eight["activations"] // 2
+    assert plan(shards=8, sequence=2)["activations"] < eight["activations"]
     replicas = plan(replicas=8)
     assert replicas["DDP's buckets"] > 0 and replicas["weights"] == one["weights"]
+    assert plan(replicas=2, sequence=2)["DDP's buckets"] == replicas["DDP's buckets"]
+    assert "DDP's buckets" not in one.keys() | eight.keys()
+
+
+def test_a_split_step_peaks_where_shares_of_gradients_and_activations_do() -> None:
+    states = {"weights": 80, "gradients": 80}
+    one = Memory("backward", {}, states, {0: 100, 80: 40}, gathered=6)  # gradients: activations
+    shards, sequence = one.divided(Split(shards=2)).parts, one.divided(Split(sequence=2)).parts
+    assert (shards["weights"], shards["gradients"], shards["activations"]) == (40, 0, 100)
+    assert (sequence["weights"], sequence["gradients"], sequence["activations"]) == (80, 80, 20)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +252,7 @@ def test_check_tells_the_memory_of_a_step(tmp_path: Any) -> None:
 def test_running_out_of_memory_names_settings_for_the_stage(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gossamer.train.check._check_data", lambda cfg, *_: cfg.data)
+    monkeypatch.setattr("gossamer.train.check.check_data", lambda cfg, *_: cfg.data)
     where = [f"data.dir={tmp_path}/data", f"runs_dir={tmp_path}/runs", "device=cpu"]
     job: Any = SimpleNamespace(cfg=compose(["recipe=demo", *where]), device=torch.device("cpu"))
     said = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gossamer.train.checkpoint import RunLock
+from gossamer.train.run_lock import RunLock
 
 SECONDS = 10
 BACKEND = {"backend": "triton"}

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gossamer.train.checkpoint import LOCK
 from gossamer.train.codec import Codec, PCACodec
 from gossamer.train.condition import Condition
 from gossamer.train.data.clips import evenly
@@ -23,6 +22,7 @@ from gossamer.train.data.shards import Manifest
 from gossamer.train.data.sources import SourceItem, list_sources
 from gossamer.train.data.videos import Videos
 from gossamer.train.refusal import Refusal
+from gossamer.train.run_lock import LOCK
 from gossamer.train.text import TextEncoder
 
 log = logging.getLogger(__name__)
