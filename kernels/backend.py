@@ -67,6 +67,11 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
+def no_autocast(x: Tensor) -> torch.autocast:
+    """Keep autocast away from the arithmetic on x; that of a meta tensor counts as the CPU's."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+
 def unit_inner_stride(x: Tensor) -> Tensor:
     """Return x, or a contiguous copy where its last dimension has gaps."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .backend import no_autocast
+
 # Logits held at once: one head of 1,024 tokens on a CPU, 1 GiB of fp32 elsewhere.
 _MAX_LOGITS_CPU = 1 << 20
 _MAX_LOGITS = 1 << 28
@@ -83,7 +85,7 @@ class _MaskedAttention(torch.autograd.Function):
         blind = blind.gather(2, row)  # [B, H, Sq]
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:3], dtype=dtype)
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q):
             for at in _heads_at_once(q, k):
                 q_, k_, v_ = (x[at].to(dtype) for x in (q, k, v))  # [h, S, D]
                 logits = _logits(
@@ -110,7 +112,7 @@ class _MaskedAttention(torch.autograd.Function):
             dbias = torch.empty_like(bias)
         grad_out = grad_out.to(bias.dtype).masked_fill(blind[..., None], 0)
         delta = (grad_out * out).sum(-1).sub_(grad_lse).masked_fill_(blind, 0)  # [B, H, Sq]
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q):
             for at in _heads_at_once(q, k):
                 q_, k_, v_ = (x[at].to(bias.dtype) for x in (q, k, v))
                 logits = _logits(q_, k_, _by_token(bias[at], row[at], column[at]), ctx.scale)

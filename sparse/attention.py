@@ -12,6 +12,7 @@ from gossamer.kernels.block_sparse_attention.op import backend_for, choose_backe
 from gossamer.kernels.blocks import Blocks
 from gossamer.kernels.dense_attention.op import dense_attention
 from gossamer.sparse.codebooks import Codebooks
+from gossamer.sparse.fp32 import no_autocast
 from gossamer.sparse.gates import Band, Gate, Gated, find_band
 from gossamer.sparse.layout import BlockLayout, Layout, TokenGrid, permute_qkv
 from gossamer.sparse.layouts.clusters import Clusters
@@ -117,7 +118,8 @@ class SparseAttention(nn.Module):
         if self.is_dense:
             return dense_attention(q, k, v)
         if self.mask is None:
-            q_layout, kv_layout = self._group(q, k, v, grid)
+            with no_autocast(q):
+                q_layout, kv_layout = self._group(q, k, v, grid)
         else:
             q_layout, kv_layout = self.mask.q_layout, self.mask.kv_layout
         q, k, v = permute_qkv(q_layout, kv_layout, q, k, v)
@@ -147,7 +149,7 @@ class SparseAttention(nn.Module):
     def _choose(
         self, q: Tensor, k: Tensor, v: Tensor, q_layout: BlockLayout, kv_layout: BlockLayout
     ) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), no_autocast(q):
             scores = self.estimator(q, k, v, q_layout, kv_layout)
             chosen = self.policy(scores)
         # Reentrant checkpointing first runs without gradients: training counts as well.

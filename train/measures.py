@@ -20,6 +20,7 @@ from gossamer.sparse.allocation import Measure
 from gossamer.sparse.attach import attentions, transformer_of
 from gossamer.sparse.attention import SparseAttention
 from gossamer.sparse.estimators.oracle import Oracle
+from gossamer.sparse.fp32 import no_autocast
 from gossamer.sparse.layout import permute_qkv
 from gossamer.sparse.mask import BlockMask, BlockScores, keep_text
 from gossamer.sparse.policies import Hybrid
@@ -146,7 +147,7 @@ def _hooked(modules: Any, hook: Callable[..., Any]) -> Iterator[None]:
 def _layer(index: int, sparse: list[SparseAttention], call: tuple[Any, ...]) -> Layer:
     attention = sparse[index]
     query, key, value, grid, _, out = call
-    with torch.no_grad():
+    with torch.no_grad(), no_autocast(query):
         q, k, v = (x.detach() for x in (query, key, value))
         q_layout, kv_layout = attention.layout(q, k, v, grid)
         q, k, v = permute_qkv(q_layout, kv_layout, q, k, v)

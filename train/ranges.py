@@ -13,7 +13,7 @@ from gossamer.train.refusal import Refusal
 from gossamer.train.suggest import nearest
 
 NULLABLE = ("sparsity",)  # keys that may be null though their default is not
-EXTRA = ("vmaf",)  # measures of sampled videos by programs that do not come with the package
+EXTRA = ("vmaf", "flip")  # measures of sampled videos by programs that do not come with the package
 STAGES = ("encode", "calibrate", "train", "evaluate", "export", "report")
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -125,7 +125,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "null or a whole number of at least 0",
         lambda n: n is None or n >= 0,
     ),
-    "evaluation.extra": ("some of vmaf", lambda names: all(n in EXTRA for n in names)),
+    "evaluation.extra": (f"some of {', '.join(EXTRA)}", lambda names: {*names} <= {*EXTRA}),
     "evaluation.every": _whole(0),
     "evaluation.every_clips": _whole(1),
     "data.height": _whole(1),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backend import choose_backend
+from ..backend import choose_backend, no_autocast
 from ..block_pool.op import block_mean_pair
 from ..check import check_offsets, check_scale
 
@@ -77,13 +77,14 @@ def block_error(
     k_mean, v_mean = block_mean_pair(
         k, v, kv_offsets, kv_offsets, kv_block_size, kv_block_size, backend=backend
     )  # fp32, or fp64
-    # The same rounded query as meets the keys: a query rounded otherwise would shift s' against s.
-    logits = q_mean.to(k_mean.dtype) @ k_mean.transpose(-1, -2) * scale  # [B, H, Nq, Nk]
-    center = (logits + kv_offsets.diff().log().unsqueeze(-2)).softmax(-1) @ v_mean
-    of_output = kind == "output"
-    log_error, log_sum = forward(
-        q_mean, k, v, logits, v_mean, center, kv_offsets, of_output, scale, kv_block_size
-    )
+    with no_autocast(q_mean):
+        # The same rounded query as meets the keys: one rounded otherwise would shift s' against s.
+        logits = q_mean.to(k_mean.dtype) @ k_mean.transpose(-1, -2) * scale  # [B, H, Nq, Nk]
+        center = (logits + kv_offsets.diff().log().unsqueeze(-2)).softmax(-1) @ v_mean
+        of_output = kind == "output"
+        log_error, log_sum = forward(
+            q_mean, k, v, logits, v_mean, center, kv_offsets, of_output, scale, kv_block_size
+        )
     lse = log_sum.logsumexp(-1, keepdim=True)
     return BlockErrors(log_error - 2 * lse if of_output else log_error, log_sum - lse)
 

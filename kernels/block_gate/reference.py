@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..backend import no_autocast
 from ..block_pool.op import block_mean
 from ..blocks import Blocks
 
@@ -32,7 +33,7 @@ def gate_gradient(
     sum_j P_ij (grad_i . v_j - D_i), less the same of the centroid column.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    with torch.no_grad(), torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
+    with torch.no_grad(), no_autocast(q):
         means = None
         if centroids:
             size = blocks.kv_block_size

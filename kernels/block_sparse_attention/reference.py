@@ -9,6 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from ..backend import no_autocast
 from ..blocks import Blocks, block_of_token
 from ..masked_attention import masked_attention
 
@@ -40,7 +41,7 @@ def filtered(
         q_block, q_tile = _tile_of_token(q_offsets[at], q.shape[2])
         kv_block, kv_tile = _tile_of_token(kv_offsets[at], k.shape[2])
         visible = selected[at][q_block][:, kv_block]  # [Sq, Sk]
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q):
             logits = q[at].to(dtype) @ k[at].to(dtype).T * scale
         logits = logits.masked_fill(~visible, float("-inf"))
         peak = _tile_max(logits, kv_tile)  # [Sq, tiles]
@@ -50,7 +51,7 @@ def filtered(
         lse[at] = logits.logsumexp(1)
         prob = (logits - lse[at][:, None]).exp().masked_fill(~visible, 0)
         prob = prob.masked_fill(skip[q_tile][:, kv_tile], 0)
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q):
             out[at] = (prob @ v[at].to(dtype)).to(q.dtype)
         skipped[at] = (skip & meets).sum() / meets.sum().clamp(min=1)
     return out, lse, skipped

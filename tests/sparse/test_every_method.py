@@ -101,6 +101,15 @@ def masked(row, grid=GRID, k=0.3, x=None):
 
 
 @every
+def test_autocast_changes_no_mask(row):
+    x = [y.float() for y in qkv(GRID)]
+    expected, _ = masked(row, x=x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = masked(row, x=x)
+    assert torch.equal(found.selected, expected.selected)
+
+
+@every
 def test_everything_selected_equals_dense_attention(row):
     q, k, v = qkv(TEXT)
     for compensation in (Drop(), Centroid()):

@@ -69,8 +69,6 @@ def test_measures_without_their_program_are_refused(
     monkeypatch.setitem(sys.modules, "flip_evaluator", None)
     with pytest.raises(Refusal, match="pip install flip-evaluator, or leave it out"):
         quality.check_extra(["flip"])
-    with pytest.raises(Refusal, match=r"evaluation\.extra=lpips: allowed is vmaf, flip"):
-        quality.check_extra(["lpips"])
     quality.check_extra([])
 
 
