@@ -185,14 +185,11 @@ class _Given:
 
 
 def _teacher_bytes(teacher: Any, model: nn.Module) -> int:
-    """Return what a teacher of this model holds on the GPU."""
+    """Return what a teacher of this model holds on the GPU while the student's step peaks."""
     whole = sum(map(_bytes, (*model.parameters(), *model.buffers())))
     match teacher:
-        case Cached() | Shared():
+        case Cached() | Shared() | Offloaded():  # an offloaded one has left before the backward
             return 0
-        case Offloaded():  # two blocks, and all that is in none
-            blocks = _block_bytes(model)
-            return whole - sum(blocks) + 2 * max(blocks)
         case Frozen():
             return whole
     kind = type(teacher).__name__

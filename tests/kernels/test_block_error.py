@@ -164,3 +164,14 @@ def test_refusals_name_the_field(change: dict, message: str) -> None:
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         block_error(**{**arguments, **change}, backend="reference")
+
+
+@both
+@kinds
+def test_autocast_changes_nothing(device: str, kind: str, backend: str) -> None:
+    q, k, v = _problem(device, 20, [5, 40, 2], 16)
+    offsets = _offsets([5, 40, 2], device)
+    expected = block_error(q, k, v, offsets, 40, kind=kind, backend=backend)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        found = block_error(q, k, v, offsets, 40, kind=kind, backend=backend)
+    assert all(map(torch.equal, found, expected))
