@@ -44,10 +44,10 @@ from gossamer.train.draws import Draws
 from gossamer.train.files import write_atomic
 from gossamer.train.launch import Launch, sharding_hidden
 from gossamer.train.losses import VelocityDistillation
-from gossamer.train.model import ScratchWan
+from gossamer.train.model import ScratchWan, compile_blocks
 from gossamer.train.noise import Uniform
 from gossamer.train.optimizers import AdamW
-from gossamer.train.parallel import Parallel, blocks_of
+from gossamer.train.parallel import Parallel
 from gossamer.train.pulse import Pulse
 from gossamer.train.teacher import Frozen
 
@@ -212,8 +212,8 @@ def train(mode: Mode, options: Any, accelerator: Accelerator, parallel: Parallel
         student, dense = attach(shape.model(), method).train(), attach(shape.model(1), None)
     if not options.no_checkpointing:
         student.enable_gradient_checkpointing()
-    for block in blocks_of(student) if options.compile else []:
-        block.compile()
+    if options.compile:
+        compile_blocks(student)
     teacher = Frozen()
     teacher.model = parallel.place(dense.requires_grad_(False).eval())
     student = parallel.place(student)

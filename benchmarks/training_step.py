@@ -31,6 +31,7 @@ from gossamer.train.files import write_atomic
 from gossamer.train.loop import TrainSettings, mean_density
 from gossamer.train.lora import add_adapters
 from gossamer.train.memory import GIB, estimate
+from gossamer.train.model import compile_blocks
 from gossamer.train.progress import Progress, parameter_groups
 from gossamer.train.refusal import Refusal
 from gossamer.train.teacher import Cached, Frozen, Offloaded, Shared
@@ -144,8 +145,7 @@ class Step:
             add_adapters(student, cfg.lora, 0)
         _cast(student, weights).to(device).train()
         if cfg.compile:
-            for block in student.blocks:
-                block.compile()
+            compile_blocks(student)
         loss = build(cfg.loss)
         teacher = self._teacher(source, latent, clips, weights) if loss.needs_teacher else None
         self.distiller = Distiller(

@@ -16,12 +16,13 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gossamer.sparse.attach import attach, family_of, mask_parameters, method_from_spec
+from gossamer.sparse.attach import attach, mask_parameters, method_from_spec
 from gossamer.train.config import build
 from gossamer.train.distiller import Distiller
 from gossamer.train.draws import Noised
 from gossamer.train.live_bytes import GRADIENTS, LikeCuda, LiveBytes
 from gossamer.train.lora import insert_adapters
+from gossamer.train.model import blocks_of
 from gossamer.train.refusal import Refusal
 from gossamer.train.teacher import Cached, Frozen, Offloaded, Shared
 
@@ -133,13 +134,13 @@ def estimate(
         live.phase = "the optimizer's step"
         nn.utils.clip_grad_norm_(trained, 1.0)
     parts = {name: size for name, size in live.peak.items() if size}
-    block = max(_block_bytes(student)) // weights.itemsize
+    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks_of(student))
     return Memory(
         live.peak_phase,
         {**parts, "workspaces": _WORKSPACE},
         {name: size for name, size in states.items() if size},
         live.most_other,
-        2 * block * (dtype.itemsize + 4),
+        2 * largest * (dtype.itemsize + 4),
     )
 
 
@@ -213,13 +214,6 @@ def _noised(
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model if dtype == torch.float32 else model.to(dtype)
-
-
-def _block_bytes(model: nn.Module) -> list[int]:
-    """Return the bytes of each block, a module that holds one self-attention."""
-    names = {name.rpartition(".")[0] for name, _ in family_of(model).self_attentions(model)}
-    blocks = [model.get_submodule(name) for name in sorted(names)]
-    return [sum(map(_bytes, block.parameters())) for block in blocks]
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gossamer.sparse.attach import families
+from gossamer.sparse.attach import families, family_of
 from gossamer.train.condition import CONDITIONS, Condition
 from gossamer.train.refusal import Refusal
 from gossamer.train.weights import check_weights, load_whole
@@ -125,6 +125,22 @@ class ScratchWan:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return WanTransformer3DModel(**self._config)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the transformer blocks: the modules that hold a self-attention."""
+    names = (name for name, _ in family_of(model).self_attentions(model))
+    return [model.get_submodule(name.rpartition(".")[0]) for name in names]
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each transformer block in place; equal blocks share their code.
+
+    Without Inductor's fused row and column reductions, which on a GPU return gradients of a wrong
+    shape for one clip (pytorch/pytorch#178080).
+    """
+    for block in blocks_of(model):
+        block.compile(options={"triton.mix_order_reduction": False})
 
 
 def velocity(

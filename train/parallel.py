@@ -19,9 +19,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from gossamer.sparse.attach import family_of, share_sequence
+from gossamer.sparse.attach import share_sequence
 from gossamer.sparse.sequence import SequenceParallel
 from gossamer.train.launch import Launch
+from gossamer.train.model import blocks_of
 from gossamer.train.refusal import Refusal
 from gossamer.train.sharded import local, norm_of
 
@@ -128,12 +129,6 @@ class Parallel:
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         fully_shard(model, mp_policy=fp32, **options)
         return model
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the transformer blocks: the modules that hold a self-attention."""
-    names = (name for name, _ in family_of(model).self_attentions(model))
-    return [model.get_submodule(name.rpartition(".")[0]) for name in names]
 
 
 def check_sequence(sequence_parallel: int, processes: int) -> None:

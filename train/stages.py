@@ -17,6 +17,7 @@ from gossamer.train.data.encode import encode
 from gossamer.train.data.shards import Manifest
 from gossamer.train.distiller import Distiller
 from gossamer.train.files import write_atomic
+from gossamer.train.model import compile_blocks
 from gossamer.train.negative import store_negative
 from gossamer.train.processes import check_same, on_main
 from gossamer.train.run_lock import RunLock
@@ -152,8 +153,7 @@ def train_stage(job: "Job") -> None:
             tracker.start(folder, config)
         student = job.student_on_cpu(seed)
         if job.cfg.compile:
-            for block in student.blocks:
-                block.compile()
+            compile_blocks(student)
         try:
             loop.train(
                 Distiller(student, teacher, loss, job.draws(seed)),

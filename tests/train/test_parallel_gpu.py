@@ -61,15 +61,20 @@ def run(overrides: list[str], folder: Path, *flags: str, processes: int = 2) -> 
 def test_shards_one_gpu_and_shared_clips_go_on_with_each_others_run(
     lab: Any, tmp_path: Path
 ) -> None:
-    one, turns = tmp_path / "one", tmp_path / "turns"
-    one.mkdir(), turns.mkdir()
+    one, parts, turns = (tmp_path / name for name in ("one", "parts", "turns"))
+    one.mkdir(), parts.mkdir(), turns.mkdir()
     run(lab.student(one, **SETTINGS, steps=6), one, processes=1)
+    run(lab.student(parts, **SETTINGS, steps=6, grad_accumulation=2), parts, processes=1)
     run(lab.student(turns, **SETTINGS, steps=2), turns, *FSDP)
     run(lab.student(turns, **SETTINGS, steps=4), turns, processes=1)
     run(lab.student(turns, **SETTINGS, steps=6, sequence_parallel=2), turns, "--multi_gpu")
-    mine, alone = (np.array(lab.run(folder).losses) for folder in (turns, one))
+    mine, split, alone = (np.array(lab.run(folder).losses) for folder in (turns, parts, one))
     assert mine.shape == alone.shape == (6, 4)
-    np.testing.assert_allclose(mine, alone, rtol=1e-3)
+    # Adam's first step takes the sign of gradients of nearly equal velocities, which rounding turns:
+    # what clips one by one change on one GPU is the yardstick.
+    rounding = np.abs(split / alone - 1).max()
+    assert rounding < 0.005
+    np.testing.assert_allclose(mine, alone, rtol=max(4 * rounding, 1e-4))
 
 
 def test_the_other_process_ends_when_one_is_killed(lab: Any, tmp_path: Path) -> None:
