@@ -70,8 +70,8 @@ def test_shards_one_gpu_and_shared_clips_go_on_with_each_others_run(
     run(lab.student(turns, **SETTINGS, steps=6, sequence_parallel=2), turns, "--multi_gpu")
     mine, split, alone = (np.array(lab.run(folder).losses) for folder in (turns, parts, one))
     assert mine.shape == alone.shape == (6, 4)
-    # Adam's first step takes the sign of gradients of nearly equal velocities, which rounding turns:
-    # what clips one by one change on one GPU is the yardstick.
+    # Adam's first step takes the sign of gradients of nearly equal velocities, and rounding turns
+    # some: what clips one by one change on one GPU is the yardstick.
     rounding = np.abs(split / alone - 1).max()
     assert rounding < 0.005
     np.testing.assert_allclose(mine, alone, rtol=max(4 * rounding, 1e-4))
