@@ -49,7 +49,8 @@ def start(
             stderr=log,
             text=True,
             start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "2"},
+            # some of cuDNN's convolutions would take TF32: 1e-3 between batches of two sizes
+            env={**os.environ, "OMP_NUM_THREADS": "2", "NVIDIA_TF32_OVERRIDE": "0"},
         )
 
 
@@ -70,10 +71,8 @@ def test_shards_one_gpu_and_shared_clips_go_on_with_each_others_run(
     run(lab.student(turns, **SETTINGS, steps=6, sequence_parallel=2), turns, "--multi_gpu")
     mine, split, alone = (np.array(lab.run(folder).losses) for folder in (turns, parts, one))
     assert mine.shape == alone.shape == (6, 4)
-    # Adam's first step takes the sign of gradients of nearly equal velocities, and rounding turns
-    # some: what clips one by one change on one GPU is the yardstick.
-    rounding = np.abs(split / alone - 1).max()
-    assert rounding < 0.005
+    rounding = np.abs(split / alone - 1).max()  # of clips in twos on one GPU: the yardstick
+    assert rounding < 1e-3
     np.testing.assert_allclose(mine, alone, rtol=max(4 * rounding, 1e-4))
 
 
