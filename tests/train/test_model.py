@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from gossamer.sparse.attach import attach
 from gossamer.train.codec import DiffusersVAECodec
-from gossamer.train.model import Pretrained, ScratchWan, velocity
+from gossamer.train.model import Pretrained, ScratchWan, compile_blocks, velocity
 from gossamer.train.refusal import Refusal
 from gossamer.train.text import PipelineText
 
@@ -198,3 +199,26 @@ def test_a_text_encoder_without_a_umt5_config_is_refused(text: str, tmp_path: Pa
     (tmp_path / "text_encoder" / "config.json").write_text(text)
     with pytest.raises(Refusal, match=r"text_encoder/config\.json of a UMT5"):
         PipelineText(path=tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_blocks_give_the_gradients_of_eager_ones_for_one_clip() -> None:
+    # large enough that Inductor would fuse reductions over rows with those over columns
+    shape = {"head_dim": 128, "num_heads": 8, "ffn_dim": 2048, "text_dim": 64}
+    model = attach(scratch(**shape, channels=16).load(0).cuda(), None)
+    noise = torch.randn(1, 16, 8, 32, 32, device="cuda")
+    text, t = torch.randn(1, 16, 64, device="cuda"), torch.full((1,), 0.5, device="cuda")
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            velocity(model, noise, t, text, None).square().mean().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    eager = gradients()
+    compile_blocks(model)
+    compiled = gradients()
+    assert compiled.keys() == eager.keys()
+    for name, gradient in eager.items():
+        assert (compiled[name] - gradient).norm() < 0.05 * gradient.norm() + 1e-8, name
