@@ -42,11 +42,18 @@ def check(cfg: DictConfig) -> dict[str, Any]:
     return facts
 
 
-def preflight(cfg: DictConfig, stages: list[str], *, plan_memory: bool = False) -> dict[str, Any]:
+def preflight(
+    cfg: DictConfig,
+    stages: list[str],
+    *,
+    plan_memory: bool = False,
+    precision: str | None = None,
+) -> dict[str, Any]:
     """Check device, model, codec, text, data, grid, mask and backend of the stages that will run.
 
     Returns what the run will be as readable facts; counts are ints. `plan_memory` adds what a
-    training step takes on a GPU, which needs some seconds.
+    training step takes on a GPU, which needs some seconds. `precision` is the mixed precision of
+    another process that will run it; None: of this one.
     """
     require_complete(cfg)
     device = check_device(cfg.device)
@@ -71,7 +78,7 @@ def preflight(cfg: DictConfig, stages: list[str], *, plan_memory: bool = False) 
     facts |= _model_facts(source, model, grid)
     if len(grids) > 1:
         facts["buckets"] = ", ".join(f"{g.frames} x {g.height} x {g.width}" for g in grids)
-    dtype = attention_dtype()
+    dtype = attention_dtype(precision)
     facts["precision"] = str(dtype).removeprefix("torch.")
     if is_sparse(cfg):
         found = [_check_sparsity(cfg, model, each, dtype, device) for each in grids]
@@ -111,11 +118,12 @@ def check_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def attention_dtype() -> torch.dtype:
+def attention_dtype(precision: str | None = None) -> torch.dtype:
     """Return the dtype of q, k and v: what accelerate's mixed precision gives them."""
     from accelerate.utils import parse_choice_from_env
 
-    precision = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
+    if precision is None:
+        precision = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16"):
         raise Refusal(
             "mixed_precision", precision, "no or bf16", "accelerate launch --mixed_precision bf16"

@@ -32,6 +32,7 @@ from gossamer.train.config import compose, fingerprint, parse_overrides, require
 from gossamer.train.files import write_atomic
 from gossamer.train.redact import redact
 from gossamer.train.refusal import Refusal
+from gossamer.train.run_dir import check_run_dir
 from gossamer.train.study.record import Results
 from gossamer.train.suggest import nearest
 from gossamer.train.workers import Pool, Task
@@ -119,7 +120,7 @@ def _sweep(
     results = Results(Path(launch.results)) if launch.results else None
     outcomes = {job.label: skipped for job in jobs if (skipped := _skipped(job, folder, results))}
     todo = [job for job in jobs if job.label not in outcomes]
-    _check(todo)
+    _check(todo, launch.mixed_precision)
     folder.mkdir(parents=True, exist_ok=True)
     deadline = None if launch.time_limit is None else start + launch.time_limit
     ended = (
@@ -282,12 +283,13 @@ def _label(text: str) -> str:
     return label if label == text else f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def _check(jobs: Sequence[Job]) -> None:
+def _check(jobs: Sequence[Job], mixed_precision: str) -> None:
     from gossamer.train.check import preflight
 
     for job in tqdm(jobs, desc="check", unit="job", leave=False):
         require_complete(job.cfg)
-        preflight(job.cfg, list(job.cfg.stages))
+        preflight(job.cfg, list(job.cfg.stages), precision=mixed_precision)
+        check_run_dir(job.cfg, job.run_dir)  # two calls whose jobs have the same labels
 
 
 def _one_by_one(jobs: Sequence[Job], launch: Launch, folder: Path) -> Iterator[tuple[Job, Outcome]]:

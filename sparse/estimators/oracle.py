@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from gossamer.kernels.block_pool.op import block_mean
+from gossamer.sparse.fp32 import no_autocast
 from gossamer.sparse.layout import BlockLayout
 from gossamer.sparse.mask import BlockScores
 
@@ -16,6 +17,12 @@ class Oracle:
         self, q: Tensor, k: Tensor, v: Tensor, q_layout: BlockLayout, kv_layout: BlockLayout
     ) -> BlockScores:
         """Return scores of q, k [B, H, S, D] in block order; needs one head's S x S at a time."""
+        with no_autocast(q):
+            return self._scores(q, k, q_layout, kv_layout)
+
+    def _scores(
+        self, q: Tensor, k: Tensor, q_layout: BlockLayout, kv_layout: BlockLayout
+    ) -> BlockScores:
         heads = q.shape[:2]
         q_offsets, kv_offsets = (
             layout.offsets.expand(*heads, -1).flatten(0, 1) for layout in (q_layout, kv_layout)

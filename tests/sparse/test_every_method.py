@@ -109,6 +109,14 @@ def test_autocast_changes_no_mask(row):
     assert torch.equal(found.selected, expected.selected)
 
 
+def test_autocast_changes_no_attention_mass():
+    q, k, v = (x.float() for x in qkv(GRID))
+    layouts = Tiles(block=(2, 2, 4))(q, k, v, GRID)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = Oracle()(q, k, v, *layouts).score
+    assert torch.equal(found, Oracle()(q, k, v, *layouts).score)
+
+
 @every
 def test_everything_selected_equals_dense_attention(row):
     q, k, v = qkv(TEXT)

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from gossamer.train import sweep as module
-from gossamer.train.config import compose, fingerprint
+from gossamer.train.config import compose, fingerprint, save_config
 from gossamer.train.refusal import Refusal
+from gossamer.train.run_dir import CONFIG
 from gossamer.train.sweep import Launch, launch_command, sweep
 
 JOB = """
@@ -49,7 +50,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
         return folder / "report" / "index.html"
 
     check, reporter = ModuleType("gossamer.train.check"), ModuleType("gossamer.train.report")
-    check.preflight = lambda cfg, stages: {}  # type: ignore[attr-defined]
+    check.preflight = lambda cfg, stages, precision: {}  # type: ignore[attr-defined]
     reporter.sweep_report = report  # type: ignore[attr-defined]
     for fake in (check, reporter):
         monkeypatch.setitem(sys.modules, fake.__name__, fake)
@@ -87,6 +88,30 @@ def test_jobs_run_are_skipped_on_a_second_call_and_one_may_fail(
     assert len(started) == 4 + 2
     assert sweep([*overrides, "steps=7"]) == 1
     assert len(started) == 4 + 2 + 4, "another config is another job"
+
+
+def test_a_call_whose_folders_hold_jobs_of_another_one_is_refused_before_any_starts(
+    started: list[list[str]], tmp_path: Path
+) -> None:
+    lines = [f"runs_dir='{tmp_path}'", "name=mine", "seed=1,2"]  # the label is seed=1
+    folder = tmp_path / "mine" / "seed=1"
+    folder.mkdir(parents=True)
+    save_config(compose([*lines[:2], "seed=1", "sparsity=0.95"]), folder / CONFIG)
+    with pytest.raises(Refusal, match=r"sparsity: 0\.95 -> 0\.9"):
+        sweep([*lines, "sparsity=0.9"])
+    assert not started
+    assert sweep([*lines, "sparsity=choice(0.9)"]) == 0, "a value that is swept is in the label"
+    assert sweep([*lines, "sparsity=0.95"]) == 0
+
+
+def test_jobs_are_checked_with_the_precision_that_they_will_have(
+    started: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    fake = sys.modules["gossamer.train.check"]
+    monkeypatch.setattr(fake, "preflight", lambda *_, precision: asked.append(precision))
+    sweep([f"runs_dir='{tmp_path}'", "seed=1,2", "sweep.mixed_precision=bf16"])
+    assert asked == ["bf16", "bf16"]
 
 
 def test_a_sweep_without_failures_returns_zero(started: list[list[str]], tmp_path: Path) -> None:
