@@ -145,6 +145,7 @@ def test_a_broken_recipe_is_refused(tmp_path: Path, text: str, said: str) -> Non
         ("optimizer.betas=[0.9]", "two numbers"),
         ("evaluation.noise_levels=[]", "(0, 1]"),
         ("evaluation.noise_levels=[a]", "a number"),
+        ("evaluation.extra=[lpips]", "allowed is some of vmaf, flip"),
         ("repeat_seeds=[1,1]", "different seeds"),
         ("repeat_seeds=[a]", "different seeds"),
         ("seed=-1", "2**32"),
@@ -171,6 +172,10 @@ def test_a_broken_recipe_is_refused(tmp_path: Path, text: str, said: str) -> Non
 )
 def test_bad_input_is_refused_in_one_line(override: str, said: str) -> None:
     assert said in refuse(override)
+
+
+def test_every_extra_measure_may_be_asked_for() -> None:
+    assert list(compose(["evaluation.extra=[vmaf,flip]"]).evaluation.extra) == ["vmaf", "flip"]
 
 
 def test_random_typing_composes_or_is_refused() -> None:
