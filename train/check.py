@@ -22,6 +22,7 @@ from gossamer.train.config import build, require_complete
 from gossamer.train.data.settings import buckets_of
 from gossamer.train.launch import Launch
 from gossamer.train.loop import TrainSettings
+from gossamer.train.match_density import check_match
 from gossamer.train.memory import GIB, Split, advice, estimate
 from gossamer.train.model import ModelSource
 from gossamer.train.parallel import check_sequence
@@ -84,6 +85,7 @@ def preflight(
         found = [_check_sparsity(cfg, model, each, dtype, device) for each in grids]
         facts |= found[grids.index(grid)]
         _check_calibration_path(cfg)
+        check_match(cfg)
     if cfg.seed in cfg.repeat_seeds:
         fix = "they come after it"
         raise Refusal("repeat_seeds", list(cfg.repeat_seeds), f"other seeds than {cfg.seed}", fix)

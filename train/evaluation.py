@@ -31,6 +31,7 @@ from gossamer.train.evaluate import (
     velocities,
 )
 from gossamer.train.files import sha256, write_atomic
+from gossamer.train.match_density import match_density
 from gossamer.train.reporting.maps import write_masks
 
 if TYPE_CHECKING:
@@ -180,6 +181,9 @@ def _sparse(heldout: _Heldout) -> dict[str, Any]:
     before = job.student(job.cfg.seed).requires_grad_(False).eval()
     after = {seed: job.trained(seed) for seed in job.seeds} if job.trains else {}
     own = after.get(job.cfg.seed, before)
+    if heldout.options.match_density:
+        for model in (before, *after.values()):
+            match_density(model, heldout.samples, 1 - job.cfg.sparsity)
     masks: dict[str, MaskReport] = {"before": measure_masks(before, heldout.samples)}
     masks["after"] = measure_masks(own, heldout.samples) if after else masks["before"]
     started = masks["before"].velocities

@@ -35,7 +35,7 @@ from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import check_run_dir
 from gossamer.train.study.record import Results
 from gossamer.train.suggest import nearest
-from gossamer.train.workers import Pool, Task
+from gossamer.train.workers import Pool, Task, sharing
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,8 @@ def _sweep(
             bar.update()
             bar.set_postfix_str(job.label)
             if outcome.status == "finished" and results is not None:
-                results.add(job.label, redact(job.swept), job.cfg, outcome.seconds)
+                shared = sharing(launch.workers or 1)
+                results.add(job.label, redact(job.swept), job.cfg, outcome.seconds, shared)
                 if not launch.keep_checkpoints:
                     shutil.rmtree(job.run_dir / "checkpoints", ignore_errors=True)
             outcomes[job.label] = outcome

@@ -147,6 +147,13 @@ class Pool:
                 process.stdin.close()
 
 
+def sharing(count: int) -> int:
+    """Return how many of so many workers run on one device at the same time."""
+    import torch
+
+    return -(-count // max(1, torch.cuda.device_count()))
+
+
 def _ask(process: "subprocess.Popen[str]", task: Task) -> int | None:
     """Return the exit code of the task, or None where the worker died."""
     assert process.stdin is not None and process.stdout is not None

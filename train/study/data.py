@@ -63,6 +63,11 @@ class Cell:
         found = [row["sparsity"]["measured_after"] for row in self.rows if "sparsity" in row]
         return 1 - float(np.mean(found)) if found else None
 
+    @cached_property
+    def alone(self) -> list[Mapping[str, Any]]:
+        """Return the runs that had their device for themselves: only their times count."""
+        return [row for row in self.rows if row["sharing"] == 1]
+
     @property
     def speedup(self) -> float | None:
         """Return how many times faster a sampling step is than the dense teacher's, in this run."""
@@ -71,28 +76,34 @@ class Cell:
     def faster(self, part: str) -> float | None:
         """Return the same of a part of the step, "_attention" or all of it, ""."""
         teacher, student = f"teacher{part}", f"student{part}"
-        seconds = [row["forward_seconds"] for row in self.rows]
-        if not all(teacher in each for each in seconds):
+        seconds = [row["forward_seconds"] for row in self.alone]
+        if not seconds or not all(teacher in each for each in seconds):
             return None
         return float(np.mean([each[teacher] / each[student] for each in seconds]))
 
     def milliseconds(self, name: str) -> float | None:
         """Return a time of a sampling step of one batch (student, student_attention ...)."""
-        found = [row["forward_seconds"].get(name) for row in self.rows]
-        return 1e3 * float(np.mean(found)) if all(x is not None for x in found) else None
+        return _mean([row["forward_seconds"].get(name) for row in self.alone], 1e3)
 
     @property
     def curve(self) -> Array | None:
-        """Return step, seconds of training, error [point, 3], mean over seeds."""
+        """Return step, seconds of training (NaN if unknown), error [point, 3], mean over seeds."""
         found = [row["training"].get("curve") for row in self.rows]
         if not all(found) or len({len(curve) for curve in found}) > 1:
             return None
-        return np.array(found, dtype=np.float64).mean(0)
+        curve: Array = np.array(found, dtype=np.float64).mean(0)
+        times = [row["training"]["curve"] for row in self.alone]
+        curve[:, 1] = np.array(times)[:, :, 1].mean(0) if times else np.nan
+        return curve
 
-    def cost(self, name: str) -> float | None:
-        """Return a figure of the training (step_seconds, peak_memory_gib ...), mean over seeds."""
-        found = [row["training"].get(name) for row in self.rows]
-        return float(np.mean(found)) if all(x is not None for x in found) else None
+    @property
+    def step_seconds(self) -> float | None:
+        return _mean([row["training"].get("step_seconds") for row in self.alone])
+
+    @property
+    def peak_memory(self) -> float | None:
+        """Return the most memory of the training in GiB."""
+        return _mean([row["training"].get("peak_memory_gib") for row in self.rows])
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,11 @@ class Study:
     @property
     def any_line(self) -> Mapping[str, Any]:
         return next(iter(self.cells.values())).rows[0]
+
+
+def _mean(found: Sequence[float | None], times: float = 1.0) -> float | None:
+    known = [x for x in found if x is not None]
+    return times * float(np.mean(known)) if known and len(known) == len(found) else None
 
 
 def _place(arm: str) -> tuple[str, int, str]:

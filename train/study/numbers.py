@@ -108,7 +108,8 @@ def page(study: Study, *, source: str, has_plot: bool) -> Iterator[str]:
         "Steps and GPU-seconds until C's last error at the same sparsity, on the clips watched in "
         "training; seconds of a training step; peak memory of training; then, of one batch of "
         "held-out clips, a sampling step and all its self-attentions (order, mask and kernels), "
-        "in milliseconds and how many times faster than the dense teacher's in the same process."
+        "in milliseconds and how many times faster than the dense teacher's in the same process. "
+        "Times are of jobs that had their GPU for themselves; without one the place is empty."
     )
     yield ""
     for sparsity in study.sparsities:
@@ -191,13 +192,14 @@ def _cost(study: Study, sparsity: float) -> Iterator[str]:
             reached = steps_to(cell.curve, goal)
         steps = ("", "") if not cell.trained else ("never", "") if goal is not None else ("", "")
         if reached is not None:
-            steps = (f"{reached[0]:.0f}", f"{reached[1]:.1f}")
+            known = not np.isnan(reached[1])
+            steps = (f"{reached[0]:.0f}", f"{reached[1]:.1f}" if known else "")
         rows.append(
             (
                 named(arm),
                 *steps,
-                _figure(cell.cost("step_seconds"), 3),
-                _figure(cell.cost("peak_memory_gib"), 1),
+                _figure(cell.step_seconds, 3),
+                _figure(cell.peak_memory, 1),
                 _figure(cell.milliseconds("student"), 2),
                 _figure(cell.speedup, 2),
                 _figure(cell.milliseconds("student_attention"), 2),

@@ -67,12 +67,23 @@ class Results:
         return next((row["metrics"] for row in self.lines if row["fingerprint"] == own), None)
 
     def add(
-        self, job: str, overrides: Mapping[str, Any], cfg: DictConfig, seconds: float | None
+        self,
+        job: str,
+        overrides: Mapping[str, Any],
+        cfg: DictConfig,
+        seconds: float | None,
+        sharing: int = 1,
     ) -> None:
-        """Append the line of a finished job."""
-        own = {"job": job, "overrides": dict(overrides), "fingerprint": self.identity(cfg)}
-        settings = {key: OmegaConf.select(cfg, key) for key in SETTINGS}
-        row = {**own, "settings": settings, "seconds": seconds, **record(Path(cfg.run_dir))}
+        """Append the line of a finished job; `sharing` jobs ran on its device at the same time."""
+        row = {
+            "job": job,
+            "overrides": dict(overrides),
+            "fingerprint": self.identity(cfg),
+            "settings": {key: OmegaConf.select(cfg, key) for key in SETTINGS},
+            "seconds": seconds,
+            "sharing": sharing,
+            **record(Path(cfg.run_dir)),
+        }
         text = json.dumps(_plain(row), separators=(",", ":"))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         torn = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")

@@ -32,6 +32,7 @@ def _line(
         "settings": {"sparsity": sparsity, "seed": seed, "steps": 100, "batch_size": 4,
                      "evaluation.sample_steps": 30},
         "seconds": 40.0,
+        "sharing": 1,
         "metrics": {},
         "trained": not arm.startswith(("A", "T")),
         "velocity_error": {

@@ -55,12 +55,16 @@ def test_verdicts_follow_the_figures(study: Any) -> None:
     good = verdicts(study(C=0.18, F=0.09, D=0.13, E=0.12, G=0.15, H=0.2, B_few=0.2, C_few=0.15))
     for words in (
         ("F's final",), ("95 %, E is better than D",), ("95 %, D is better than H",),
-        ("90 %, C-few is better than B-few",), ("the best arm",), ("95 %, every trained arm",),
+        ("90 %, C-few is better than B-few",), ("the best arm",), ("95 %, every arm trained is",),
+        ("95 %, every arm trained on mismatched",),
     ):  # fmt: skip
         assert status(good, *words) == "held", words
     assert status(good, "F reaches C's final") == "did not hold", "at step 10 of 100"
+    other = verdicts(study(C=0.18, C_other=0.29))  # 0.97 of its start
+    assert status(other, "95 %, every arm trained is") == "held"
+    assert status(other, "95 %, every arm trained on mismatched") == "did not hold"
     bad = verdicts(study(C=0.18, F=0.15, D=0.13, E=0.14, G=0.12, I=0.29))
-    for words in (("F's final",), ("95 %, E is better than D",), ("95 %, every trained arm",)):
+    for words in (("F's final",), ("95 %, E is better than D",), ("95 %, every arm trained is",)):
         assert status(bad, *words) == "did not hold", words
     assert status(bad, "95 %, D is better than H") == "not measured"
     close = study(D=0.13, E=0.1305)
@@ -76,6 +80,24 @@ def test_a_start_below_the_goal_needs_no_step(line: Any) -> None:
     lines = [line("C", 0.95, 0, error=0.18), line("F", 0.95, 0, error=0.1, start=0.15)]
     found = [v for v in verdicts(Study.of(lines)) if "F reaches" in v.expected]
     assert found[0].status == "held" and "at step 0 of 100" in found[0].found
+
+
+def test_times_are_of_jobs_that_had_their_device_alone(line: Any) -> None:
+    crowded = {"sharing": 2, "forward_seconds": {"student": 0.9, "teacher": 0.9}}
+    rows = [line("C", 0.95, 0, error=0.2), line("C", 0.95, 1, error=0.1, **crowded)]
+    rows[1]["training"] = {**rows[1]["training"], "step_seconds": 9.0}
+    rows[1]["training"]["curve"] = [[s, 9 * t, e] for s, t, e in rows[1]["training"]["curve"]]
+    found = Cell("C", 0.95, rows)
+    assert (found.speedup, found.step_seconds) == pytest.approx((1.5, 0.1))
+    assert found.milliseconds("student") == pytest.approx(20)
+    assert found.curve is not None and found.after is not None
+    assert found.curve[-1, 1:] == pytest.approx([10, 0.15])  # the error is of both
+    assert len(found.after) == 2
+    none = Cell("C", 0.95, rows[1:])
+    assert (none.speedup, none.step_seconds, none.milliseconds("student")) == (None, None, None)
+    text = [v for v in verdicts(Study.of([*rows[1:], line("F", 0.95, 0, error=0.05)]))
+            if "F reaches" in v.expected]  # fmt: skip
+    assert "GPU-seconds" not in text[0].found and "of the steps" in text[0].found
 
 
 def test_the_page_holds_the_tables_and_the_plot(
