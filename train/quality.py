@@ -54,11 +54,12 @@ def temporal_psnr(a: Tensor, b: Tensor) -> list[float]:
 def ssim(a: Tensor, b: Tensor) -> list[float]:
     """Return the mean over frames, channels and whole windows of the SSIM with a Gaussian window.
 
-    Wang et al. 2004, Eq. 13; a window of 11, sigma 1.5, frames of at least 11 pixels a side.
+    Wang et al. 2004, Eq. 13; a window of 11, sigma 1.5, frames of at least 11 pixels a side. In
+    fp64, which neither autocast nor TF32 touches: in bf16 a flat window's variance is all rounding.
     """
     values = []
     for x, y in zip(a, b, strict=True):
-        x, y = (video.permute(0, 3, 1, 2).flatten(0, 1)[:, None].float() for video in (x, y))
+        x, y = (video.permute(0, 3, 1, 2).flatten(0, 1)[:, None].double() for video in (x, y))
         means = _blur(torch.cat([x, y, x * x, y * y, x * y], 1).transpose(0, 1).flatten(0, 1))
         mean_x, mean_y, xx, yy, xy = means.chunk(5)
         var_x, var_y, cov = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
@@ -146,7 +147,7 @@ def _decibel(error: Tensor) -> float:
 
 def _blur(x: Tensor) -> Tensor:
     """Return whole windows' weighted means of [N, H, W]."""
-    at = torch.arange(_WINDOW, device=x.device) - _WINDOW // 2
+    at = torch.arange(_WINDOW, dtype=x.dtype, device=x.device) - _WINDOW // 2
     weight = torch.exp(-(at**2) / (2 * _SIGMA**2))
     weight = weight / weight.sum()
     rows = F.conv2d(x[:, None], weight.view(1, 1, -1, 1))

@@ -50,7 +50,20 @@ def test_ssim_equals_its_formula_at_every_window(pair: tuple) -> None:
                     cov = (window * (x - mx) * (y - my)).sum()
                     top_part = (2 * mx * my + c1) * (2 * cov + c2)
                     values.append(top_part / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
-    assert quality.ssim(*pair)[1] == pytest.approx(np.mean(values), rel=1e-4)
+    assert quality.ssim(*pair)[1] == pytest.approx(np.mean(values), rel=1e-10)
+
+
+def test_measures_are_the_same_under_autocast() -> None:
+    chance = torch.Generator().manual_seed(1)
+    flat = torch.full((1, 2, 16, 18, 3), 200)  # of low variance, as skies are
+    pair = [
+        (flat + torch.randint(-2, 3, flat.shape, generator=chance)).to(torch.uint8)
+        for _ in range(2)
+    ]
+    expected = quality.compare(*pair)
+    assert 0 < expected["ssim"][0] < 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quality.compare(*pair) == expected
 
 
 def test_equal_videos_are_as_alike_as_can_be(pair: tuple) -> None:

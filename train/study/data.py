@@ -46,9 +46,12 @@ class Cell:
         return np.array(found) if all(found) else None
 
     def quality(self, pair: str, measure: str) -> Array | None:
-        """Return a measure of sampled videos [seed, clip]; pair is e.g. teacher/after."""
+        """Return a measure of sampled videos [seed, clip]; pair is e.g. teacher/after.
+
+        Of the seeds that have it; None without one.
+        """
         found = [row["quality"].get(pair, {}).get(measure) for row in self.rows]
-        return np.array(found, dtype=np.float64) if all(found) else None
+        return np.array([each for each in found if each], dtype=np.float64) if any(found) else None
 
     @property
     def sampled_shots(self) -> list[str]:

@@ -40,7 +40,12 @@ WORDS = {
     "K": "D with linear compensation (SLA)",
     "T": "the teacher itself",
 }
-MISMATCHED = {"few": "trained on few clips", "other": "trained on another film"}
+KINDS = {
+    "few": "trained on few clips",
+    "other": "trained on another film",
+    "slow": "a third of the learning rate",
+    "fast": "three times the learning rate",
+}
 MEASURES = {
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
@@ -194,18 +199,17 @@ def _cost(study: Study, sparsity: float) -> Iterator[str]:
         if reached is not None:
             known = not np.isnan(reached[1])
             steps = (f"{reached[0]:.0f}", f"{reached[1]:.1f}" if known else "")
-        rows.append(
-            (
-                named(arm),
-                *steps,
-                _figure(cell.step_seconds, 3),
-                _figure(cell.peak_memory, 1),
-                _figure(cell.milliseconds("student"), 2),
-                _figure(cell.speedup, 2),
-                _figure(cell.milliseconds("student_attention"), 2),
-                _figure(cell.faster("_attention"), 2),
-            )
+        figures = (
+            *steps,
+            _figure(cell.step_seconds, 3),
+            _figure(cell.peak_memory, 1),
+            _figure(cell.milliseconds("student"), 2),
+            _figure(cell.speedup, 2),
+            _figure(cell.milliseconds("student_attention"), 2),
+            _figure(cell.faster("_attention"), 2),
         )
+        if any(figures):
+            rows.append((named(arm), *figures))
     head = (
         *("arm", "steps", "GPU-seconds", "s a step", "GiB"),
         *("sampling step, ms", "faster", "attention, ms", "faster"),
@@ -242,7 +246,7 @@ def named(arm: str) -> str:
     """Return an arm's letter and what it is."""
     base, _, kind = arm.partition("-")
     words = WORDS.get(arm) or WORDS.get(base, "")
-    return f"{arm}: {words}" + (f", {MISMATCHED[kind]}" if kind in MISMATCHED else "")
+    return f"{arm}: {words}" + (f", {KINDS[kind]}" if kind in KINDS else "")
 
 
 def _figure(value: float | None, digits: int) -> str:
