@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import gossamer
 from gossamer.sparse.attach import attentions, detach
+from gossamer.train.arms import load_arms
 from gossamer.train.cli import main
 from gossamer.train.config import compose
 
@@ -62,8 +63,18 @@ def overrides(folder: Path, *more: str) -> list[str]:
     return [RECIPE, f"model.path={folder}", f"data.source={folder}", "device=cpu", *more]
 
 
-def test_the_recipe_holds_the_published_settings() -> None:
-    cfg = compose([RECIPE])
+def test_the_recipe_has_the_masks_of_the_studys_best_arm() -> None:
+    cfg, best = compose([RECIPE]), compose(["recipe=study", *load_arms("study")["F"]])
+    for name in ("layout", "estimator", "policy", "allocation", "compensation", "loss"):
+        assert cfg[name]._target_ == best[name]._target_, name
+    assert cfg.allocation.measure == best.allocation.measure
+    assert (cfg.layout.q_block, cfg.layout.kv_block) == (128, 64)
+
+
+def test_its_comment_gives_the_published_masks() -> None:
+    file = Path(gossamer.__file__).parent / "recipes" / "wan2.1-1.3b-480p.yaml"
+    line = next(x for x in file.read_text().splitlines() if x.startswith("#   layout="))
+    cfg = compose([RECIPE, *line.removeprefix("#").split()])
     assert (cfg.layout.q_block, cfg.layout.kv_block) == (128, 64)
     assert (cfg.policy.k, cfg.policy.p, cfg.sparsity) == (0.03, 0.2, 0.95)
     assert (cfg.steps, cfg.batch_size) == (500, 64)
@@ -127,8 +138,8 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["data.height=488"], "data.height=61 latents"),
         (["data.condition=first_frame"], "data.condition=none"),
         (["model.condition=first_frame", "data.condition=first_frame"], "codec.channels=16"),
-        (["policy.k=0.06"], "sparsity=0.95: allowed is at most 0.9400"),
-        (["sparsity=0.999", "allocation=velocity"], "1 of 512 blocks"),
+        (["allocation=fixed", "policy.k=0.06"], "sparsity=0.95: allowed is at most 0.9400"),
+        (["sparsity=0.999"], "1 of 512 blocks"),
         (["data.holdout=0"], "data.holdout=0"),
         (["layout.q_block=256", "backend=hopper"], "for backend 'hopper'"),
         (["grad_accumulation=7"], "batch_size=64"),
@@ -247,8 +258,6 @@ TINY = [
     "layout.q_block=8",
     "layout.kv_block=2",
     "sparsity=0.7",
-    "policy.k=0.2",
-    "policy.p=0.25",
     "steps=2",
     "batch_size=2",
     "grad_accumulation=2",
@@ -284,15 +293,16 @@ def generate(pipeline: Any) -> np.ndarray:
     ).frames
 
 
-def test_the_run_measured_the_policys_own_budget(finished: Path) -> None:
+def test_the_run_gave_each_head_a_budget_and_met_the_sparsity(finished: Path) -> None:
     found = json.loads((finished / "calibration" / "calibration.json").read_text())
-    assert np.allclose(found["k"], 0.2) and np.allclose(found["p"], 0.25)
+    assert np.shape(found["k"]) == np.shape(found["layout_choice"]) == (2, 2)
     assert np.shape(found["captured_mass"]) == (2, 2, 3)
-    assert found["curve_error"] == []
-    assert 0.2 <= found["planned_density"] <= np.mean(found["captured_mass"]) < 1
+    assert np.shape(found["curve_error"])[:3] == (2, 2, 3) and found["measure"] == "velocity"
+    assert found["planned_density"] == pytest.approx(0.3, abs=0.01)
+    assert found["planned_density"] <= np.mean(found["captured_mass"]) < 1
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").open()]
     assert [row["step"] for row in rows] == [1, 2]
-    assert all(row["loss"] > 0 and 0.2 <= row["density"] < 0.5 for row in rows)
+    assert all(row["loss"] > 0 and row["density"] == pytest.approx(0.3, abs=0.01) for row in rows)
 
 
 def test_the_export_runs_densely_in_stock_diffusers_and_sparsely_through_gossamer(
