@@ -11,11 +11,12 @@ from gossamer.sparse.mask import BlockScores
 
 
 class HeadPattern:
-    """Score blocks by their distance along the head's band, after the sinks; it needs its layout.
+    """Score blocks by their distance along the head's band and from the sinks; it needs its layout.
 
-    Any prefix of a row is then the sinks (first frames and text), nearest first, and a band that
-    widens with the budget. Each row sums to 1 but is no attention mass: give k, not p. A head with
-    neither pattern gets the scores of MeanPool, which are.
+    Any prefix of a row is text, then by turns a block of the first frames, those at a like place in
+    the frame first, and one of a band that widens with the budget. Each row sums to 1 but is no
+    attention mass: give k, not p. A head with neither pattern gets the scores of MeanPool, which
+    are.
     """
 
     needs_layout = HeadPatternLayout
@@ -26,9 +27,7 @@ class HeadPattern:
     ) -> BlockScores:
         """Return scores of q, k, v [B, H, S, D] in block order."""
         assert isinstance(q_layout, PatternLayout) and isinstance(kv_layout, PatternLayout)
-        distance = (q_layout.place[..., :, None] - kv_layout.place[..., None, :]).abs()
-        score = 1 - distance + kv_layout.sink  # [B, H, Nq, Nk]
-        score /= score.sum(-1, keepdim=True)
+        score = q_layout.score[q_layout.pattern]  # [B, H, Nq, Nk]
         if q_layout.may_be_neither:
             mass = MeanPool()(q, k, v, q_layout, kv_layout).score
             score = mass.where((q_layout.pattern == NEITHER)[..., None, None], score)

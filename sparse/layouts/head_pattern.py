@@ -26,11 +26,10 @@ _MOST_PARTS = 64  # of the keys, in the products of the sampled rows
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PatternLayout(BlockLayout):
-    """A layout whose heads have a pattern: where its blocks lie along the head's band."""
+    """A layout whose heads have a pattern, and how near its key blocks are to each query block."""
 
     pattern: Tensor  # int64 [B, H]: SPATIAL, TEMPORAL or NEITHER
-    place: Tensor  # fp32 [B, H, N], mean place of the block's video tokens in the band, in [0, 1)
-    sink: Tensor  # bool [N], blocks that every query attends to: first frames and text
+    score: Tensor  # fp32 [3, Nq, Nk], for each pattern; rows sum to 1
     may_be_neither: bool  # False where the layout gives every head SPATIAL or TEMPORAL
 
 
@@ -70,7 +69,7 @@ class HeadPattern:
         self.sink_frames, self.max_error = int(sink_frames), max_error
         self._runs = RunsPerHead(self._orders, self.block_shape)
         self._probes: dict[tuple[TokenGrid, torch.device], _Probe] = {}
-        self._bands: dict[tuple[TokenGrid, torch.device], tuple[_Bands, _Bands]] = {}
+        self._scores: dict[tuple[TokenGrid, torch.device], Tensor] = {}
 
     @torch.no_grad()
     def __call__(
@@ -78,19 +77,17 @@ class HeadPattern:
     ) -> tuple[PatternLayout, PatternLayout]:
         """Return the q and the kv layout; q, k, v [B, H, S, D] in sequence order."""
         pattern = self.classify(q, k, v, grid)
-        layouts = self._runs(pattern, q, grid)
         key = (grid, q.device)
-        if key not in self._bands:
-            self._bands[key] = self._bands_of(grid, q.device)
+        if key not in self._scores:
+            self._scores[key] = self._scores_of(grid).to(q.device)
         q_layout, kv_layout = (
             PatternLayout(
                 **{f.name: getattr(layout, f.name) for f in fields(BlockLayout)},
                 pattern=pattern,
-                place=bands.place[pattern],
-                sink=bands.sink,
+                score=self._scores[key],
                 may_be_neither=self.max_error is not None,
             )
-            for layout, bands in zip(layouts, self._bands[key], strict=True)
+            for layout in self._runs(pattern, q, grid)
         )
         return q_layout, kv_layout
 
@@ -154,22 +151,52 @@ class HeadPattern:
         visible = (~hidden).unflatten(2, (parts, -1)).movedim(2, 1)
         return _Probe((row + grid.text_before).to(device), visible.contiguous().to(device))
 
-    def _bands_of(self, grid: TokenGrid, device: torch.device) -> "tuple[_Bands, _Bands]":
+    def _scores_of(self, grid: TokenGrid) -> Tensor:
+        """Return fp32 [3, Nq, Nk]: text first, then by turns the nearest sink and of the band.
+
+        A sink is near at a like place in its frame. Taken first, the sinks alone would be a budget
+        of 5 %: the first of 21 frames has as many tokens.
+        """
+        layouts = self._runs.stacked(grid)
+        (q_place, q_position, _), (place, position, sink) = (
+            self._means(grid, layout) for layout in layouts
+        )
+        is_sink = (sink >= 0.5)[:, None]  # [3, 1, Nk]
+        band, nearest = (
+            (of_q[..., None] - of_kv[:, None]).abs()
+            for of_q, of_kv in ((q_place, place), (q_position, position))
+        )
+        turn = torch.where(
+            is_sink,
+            2 * _rank(nearest.masked_fill(~is_sink, torch.inf)),
+            2 * _rank(band.masked_fill(is_sink, torch.inf)) + 1,
+        )
+        if layouts[1].text is not None:
+            turn = turn.masked_fill(layouts[1].text, -1)
+        score = (turn.amax(-1, keepdim=True) + 1 - turn).float()
+        return score / score.sum(-1, keepdim=True)
+
+    def _means(self, grid: TokenGrid, layout: BlockLayout) -> Tensor:
+        """Return each block's mean place in the band, place in its frame, share of sinks [3, 3, N].
+
+        The second axis is the pattern; all are of video tokens, and of no use for text.
+        """
+        spatial, temporal = _places(grid)
+        positions = grid.height * grid.width
         video = slice(grid.text_before, grid.text_before + grid.num_video)
-        token = torch.zeros(4, grid.num_tokens, dtype=torch.float64)  # places, and 1 for a sink
-        token[:3, video] = torch.stack([*_places(grid), _places(grid)[0]]) / grid.num_video
-        token[3, video] = _is_sink_frame(grid, self.sink_frames).double()
-        found = []
-        for layout in self._runs.stacked(grid):
-            assert layout.order is not None
-            order = torch.cat([layout.order, layout.order[:1]])  # sinks lie in front in every order
-            ordered = token.gather(1, order)[None, ..., None]
-            mean = block_mean(ordered, layout.offsets, layout.block_size)[0, ..., 0]  # [4, N]
-            sink = mean[3] >= 0.5
-            if layout.text is not None:
-                sink |= layout.text
-            found.append(_Bands(mean[:3].float().to(device), sink.to(device)))
-        return found[0], found[1]
+        token = torch.zeros(3, 3, grid.num_tokens, dtype=torch.float64)
+        token[0, :, video] = torch.stack([spatial, temporal, spatial]).double()
+        token[1, :, video] = (torch.arange(grid.num_video) % positions).double()
+        token[2, :, video] = _is_sink_frame(grid, self.sink_frames).double()
+        assert layout.order is not None
+        ordered = token.gather(2, layout.order.expand_as(token)).flatten(0, 1)
+        mean = block_mean(ordered[None, ..., None], layout.offsets, layout.block_size)
+        return mean[0, ..., 0].unflatten(0, (3, 3))
+
+
+def _rank(x: Tensor) -> Tensor:
+    """Return the place of each entry in its row, sorted; of equals the first comes first."""
+    return x.argsort(dim=-1, stable=True).argsort(-1)
 
 
 class _Probe(NamedTuple):
@@ -177,11 +204,6 @@ class _Probe(NamedTuple):
 
     row: Tensor  # int64 [R], tokens
     visible: Tensor  # bool [2, parts, R, S / parts]
-
-
-class _Bands(NamedTuple):
-    place: Tensor  # fp32 [3, N]
-    sink: Tensor  # bool [N]
 
 
 def _mean(weight: Tensor, value: Tensor) -> Tensor:

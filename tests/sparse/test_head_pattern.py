@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,6 +8,7 @@ from gossamer.sparse.attention import SparseAttention, SparseMethod
 from gossamer.sparse.compensation import Drop
 from gossamer.sparse.estimators.head_pattern import HeadPattern as Estimator
 from gossamer.sparse.estimators.mean_pool import MeanPool
+from gossamer.sparse.estimators.oracle import Oracle
 from gossamer.sparse.layout import RowMajor, TokenGrid
 from gossamer.sparse.layouts.head_pattern import (
     NEITHER,
@@ -151,7 +154,7 @@ def test_permute_and_unpermute_are_inverse(grid):
 
 
 @pytest.mark.parametrize("grid", [GRID, TokenGrid(5, 3, 7), TokenGrid(3, 2, 5, 3, 9)])
-def test_a_budget_is_the_sinks_and_then_a_band_from_the_diagonal_outwards(grid):
+def test_a_budget_is_text_then_by_turns_near_sinks_and_a_band_from_the_diagonal_outwards(grid):
     q, k, v = heads_of(TokenGrid(grid.frames, grid.height, grid.width), "frame", "position")
     pad = (0, 0, grid.text_before, grid.text_after)
     q, k, v = (F.pad(x, pad) for x in (q, k, v))
@@ -163,37 +166,59 @@ def test_a_budget_is_the_sinks_and_then_a_band_from_the_diagonal_outwards(grid):
     positions = grid.height * grid.width
     places = [token, token % positions * grid.frames + token // positions]
     for head in range(2):
-        means, sinks = [], []
+        means, where, sinks = [], [], []
         for layout in layouts:
             text = layout.text if layout.text is not None else torch.zeros(layout.num_blocks)
-            mean, sink = torch.zeros(layout.num_blocks), torch.zeros(layout.num_blocks).bool()
+            mean, position = torch.zeros(2, layout.num_blocks, dtype=torch.float64)
+            sink = torch.zeros(layout.num_blocks, dtype=torch.bool)
             for i in range(layout.num_blocks):
                 start, end = layout.offsets[i : i + 2].tolist()
                 members = layout.order[0, head, start:end] - grid.text_before
-                if text[i]:
-                    sink[i] = True
-                else:
+                if not text[i]:
                     mean[i] = places[head][members].double().mean()
+                    position[i] = (members % positions).double().mean()
                     sink[i] = (members < positions).double().mean() >= 0.5
             means.append(mean)
+            where.append(position)
             sinks.append(sink)
+        text = layouts[1].text if layouts[1].text is not None else torch.zeros(len(means[1]))
         for i, row in enumerate(score[0, head]):
             if layouts[0].text is not None and layouts[0].text[i]:
                 continue
             ranked = row.argsort(descending=True, stable=True)
-            distance = (means[1][ranked] - means[0][i]).abs()
-            num_sinks = int(sinks[1].sum())
-            assert sinks[1][ranked[:num_sinks]].all()
-            outwards = distance[num_sinks:].diff()
-            assert (outwards >= -1e-4).all()
+            num_text, num_sinks = int(text.sum()), int(sinks[1].sum())
+            assert text[ranked[:num_text]].all() and num_sinks > 0
+            ranked = ranked[num_text:]
+            of_sinks, of_band = ranked[sinks[1][ranked]], ranked[~sinks[1][ranked]]
+            turns = min(num_sinks, len(of_band))
+            assert torch.equal(ranked[: 2 * turns : 2], of_sinks[:turns])
+            assert torch.equal(ranked[1 : 2 * turns : 2], of_band[:turns])
+            assert ((means[1][of_band] - means[0][i]).abs().diff() >= -1e-4).all()
+            assert ((where[1][of_sinks] - where[0][i]).abs().diff() >= -1e-4).all()
+
+
+def test_a_budget_as_large_as_the_sinks_has_a_band():
+    grid = TokenGrid(16, 8, 8)  # the first frame is 1 / 16 of it
+    q, k, v = heads_of(grid, "frame", "position", sharpness=30.0)
+    attention = SparseAttention(method(HeadPattern(q_block=16, kv_block=16), 1 / 16), 2)
+    attention(q, k, v, grid, torch.ones(1))
+    mask = attention.mask
+    assert float(mask.density.mean()) == 1 / 16
+    q, k = mask.q_layout.permute(q), mask.kv_layout.permute(k)
+    mass = Oracle()(q, k, k, mask.q_layout, mask.kv_layout).score
+    assert (mask.captured(mass) > 0.3).all()
+    sinks = torch.zeros_like(mask.selected)
+    sinks[..., :4] = True  # all of that budget on the first frame
+    assert (replace(mask, selected=sinks).captured(mass) < 0.1).all()
 
 
 def test_first_frames_are_blocks_of_their_own_in_both_orders():
     q, k, v = heads_of(GRID, "frame", "position")
     kv_layout = small()(q, k, v, GRID)[1]
-    assert kv_layout.sink.tolist() == [True] * 3 + [False] * 21
+    assert sorted(kv_layout.order[0, 0, :24].tolist()) == list(range(24))
     assert torch.equal(kv_layout.order[0, 0, :24], kv_layout.order[0, 1, :24])
-    assert not small(sink_frames=0)(q, k, v, GRID)[1].sink.any()
+    none = small(sink_frames=0)(q, k, v, GRID)[0]
+    assert (none.score[SPATIAL].diagonal() >= none.score[SPATIAL][:, 0]).all()
 
 
 def test_temporal_heads_lose_less_in_temporal_than_in_frame_major_order():
