@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from gossamer.benchmarks.table import environment
 from gossamer.sparse.attach import attach, method_from_spec
+from gossamer.train.compiling import no_silent_fallback
 from gossamer.train.config import build, compose
 from gossamer.train.distiller import Distiller
 from gossamer.train.draws import Draws, Noised
@@ -172,7 +173,7 @@ class Step:
         teacher = build(self.cfg.teacher)
 
         class Stub:  # of the job that starts a teacher
-            device = self.device
+            cfg, device = self.cfg, self.device
             parallel = SimpleNamespace(
                 place=lambda model: model.to(self.device), share_tokens=lambda model: None
             )
@@ -250,15 +251,16 @@ def measure(
     before = torch.cuda.memory_allocated() if on_gpu else 0
     try:
         step = make()
-        for _ in range(_WARM_UP):
-            step()
-            step.marks.take()
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        spans = []
-        for _ in range(steps):
-            step()
-            spans.append(step.marks.take())
+        with no_silent_fallback():
+            for _ in range(_WARM_UP):
+                step()
+                step.marks.take()
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            spans = []
+            for _ in range(steps):
+                step()
+                spans.append(step.marks.take())
         peak = torch.cuda.max_memory_allocated() - before if on_gpu else 0
         ms = {part: statistics.median(s[part] for s in spans) for part in PARTS if part in spans[0]}
         density = mean_density(step.progress.student)

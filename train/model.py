@@ -13,6 +13,9 @@ from gossamer.train.refusal import Refusal
 from gossamer.train.weights import check_weights, load_whole
 
 CONFIG_FILE = "config.json"
+# Its fused row and column reductions return gradients of a wrong shape for one clip on a GPU
+# (pytorch/pytorch#178080).
+INDUCTOR: dict[str, Any] = {"triton.mix_order_reduction": False}
 
 
 class ModelSource(Protocol):
@@ -134,13 +137,9 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile each transformer block in place; equal blocks share their code.
-
-    Without Inductor's fused row and column reductions, which on a GPU return gradients of a wrong
-    shape for one clip (pytorch/pytorch#178080).
-    """
+    """Compile each transformer block in place; equal blocks share their code."""
     for block in blocks_of(model):
-        block.compile(options={"triton.mix_order_reduction": False})
+        block.compile(options=INDUCTOR)
 
 
 def velocity(

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from gossamer.train import loop
 from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
 from gossamer.train.check_data import check_splits
+from gossamer.train.compiling import compiling
 from gossamer.train.config import build, data_dir, data_url, encode_settings
 from gossamer.train.data.encode import encode
 from gossamer.train.data.shards import Manifest
@@ -118,6 +119,11 @@ def _is_calibrated(job: "Job") -> bool:
 
 def train_stage(job: "Job") -> None:
     """Train a student for each seed, each from its newest checkpoint."""
+    with compiling(job):
+        _train_seeds(job)
+
+
+def _train_seeds(job: "Job") -> None:
     optimizer = build(job.cfg.optimizer)
     names = (
         "steps",

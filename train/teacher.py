@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gossamer.sparse.attach import attending_densely
 from gossamer.train.draws import Noised
 from gossamer.train.lora import adapters_off
-from gossamer.train.model import velocity
+from gossamer.train.model import compile_blocks, velocity
 from gossamer.train.processes import on_main
 from gossamer.train.velocities import VelocityCache, cache_dir
 
@@ -36,7 +36,10 @@ class Frozen:
     model: nn.Module
 
     def start(self, job: "Job") -> None:
-        self.model = job.guided(job.parallel.place(job.dense_on_cpu()))
+        model = job.dense_on_cpu()
+        if job.cfg.compile:
+            compile_blocks(model)
+        self.model = job.guided(job.parallel.place(model))
 
     def velocity(self, student: nn.Module, noised: Noised) -> Tensor:
         return velocity(self.model, noised.x, noised.t, noised.text, noised.condition)
@@ -46,7 +49,8 @@ class Offloaded(Frozen):
     """A second copy that stays in CPU memory; each block visits the GPU when its turn comes.
 
     diffusers' group offloading: on a GPU the next block is copied while this one computes. `pin`
-    keeps the whole copy in page-locked memory, in every process: faster, and not swappable.
+    keeps the whole copy in page-locked memory, in every process: faster, and not swappable. Never
+    compiled: the hooks that move the blocks would be inside the compiled code.
     """
 
     def __init__(self, *, pin: bool = True) -> None:

@@ -1,0 +1,141 @@
+"""Compiled blocks: eager losses, few variants, and never eager code instead without a word."""
+
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo
+import torch._dynamo.utils as dynamo
+from torch import nn
+
+from gossamer.train import model as models
+from gossamer.train.compiling import compiling, no_silent_fallback
+from gossamer.train.model import blocks_of, velocity
+from gossamer.train.refusal import Refusal
+from gossamer.train.stages import train_stage
+
+LORA = {"lora__rank": 4, "lora__alpha": 16.0}
+SHORT = {"steps": 3, "gradient_checkpointing": True}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Trace and differentiate as Inductor would, but generate no code."""
+    own = nn.Module.compile
+
+    def compile_quickly(module: nn.Module, **options: Any) -> None:
+        assert options == {"options": models.INDUCTOR}
+        own(module, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile_quickly)
+    torch._dynamo.reset()
+    dynamo.clear_compilation_metrics()
+    yield
+    torch._dynamo.reset()
+
+
+def variants() -> Counter[Any]:
+    """Return how often each function was traced."""
+    found = ((m.co_filename, m.co_firstlineno, m.co_name) for m in dynamo.get_compilation_metrics())
+    return Counter(one for one in found if one[0] is not None)
+
+
+def trained(make_job: Callable[..., Any], lab: Any, name: str, **settings: Any) -> np.ndarray:
+    """Train in this process; return the rows of losses and gradient norms of all seeds."""
+    job = make_job(**{**SHORT, "name": name, **settings})
+    train_stage(job)
+    folders = [job.seed_dir(seed) for seed in job.seeds]
+    return np.array([lab.run(f.parent, f.name).losses for f in folders])
+
+
+@pytest.mark.parametrize("teacher", ["frozen", "shared"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0], ids=["plain", "guided"])
+def test_compiled_student_and_teacher_train_as_eager_ones(
+    teacher: str, guidance: float, make_job: Any, lab: Any
+) -> None:
+    settings = {"teacher": teacher, **LORA, "guidance__scale": guidance}
+    eager = trained(make_job, lab, "eager", **settings)
+    assert not variants()
+    compiled = trained(make_job, lab, "compiled", compile=True, **settings)
+    np.testing.assert_allclose(compiled, eager, rtol=1e-5)
+    assert max(variants().values()) <= 4  # adapters, gradients: each on and off
+
+
+def test_a_frozen_teacher_is_compiled_where_the_run_says_so(make_job: Any) -> None:
+    for compiled in (False, True):
+        teacher = make_job(compile=compiled).teacher()
+        blocks = blocks_of(teacher.model)
+        assert len(blocks) == 2
+        assert all((b._compiled_call_impl is not None) is compiled for b in blocks)
+    offloaded = make_job(compile=True, teacher="offloaded").teacher()
+    assert all(b._compiled_call_impl is None for b in blocks_of(offloaded.model))
+
+
+def test_a_second_seed_and_a_second_method_compile_nothing_new(make_job: Any, lab: Any) -> None:
+    watched = {"evaluation__every": 1, "evaluation__every_clips": 1}
+    trained(make_job, lab, "one", compile=True, **watched)
+    once = variants()
+    assert max(once.values()) <= 4  # the watch is without gradients
+    others = {"repeat_seeds": [1], "compensation": "drop", "steps": 4}
+    both = trained(make_job, lab, "two", compile=True, **watched, **others)
+    assert variants() == once
+    eager = trained(make_job, lab, "eager", **watched, **others)
+    np.testing.assert_allclose(both, eager, rtol=1e-5)
+
+
+def test_a_job_of_another_model_starts_anew_and_holds_nothing_of_the_last(make_job: Any) -> None:
+    kept: dict[Any, Any] = {}
+
+    def run(**settings: Any) -> list[Any]:
+        job = make_job(compile=True, **settings)
+        job.kept = kept
+        with compiling(job):
+            student, teacher = job.student(0), job.teacher()
+            models.compile_blocks(student)
+            clip = job.dataset("train")[0]
+            call = [clip[name][None] for name in ("latent", "text", "condition")]
+            with torch.no_grad():
+                velocity(teacher.model, call[0], torch.ones(1), *call[1:])
+            velocity(student, call[0], torch.ones(1), *call[1:]).square().mean().backward()
+            return [weakref.ref(p) for m in (student, teacher.model) for p in m.parameters()]
+
+    def alive(held: list[Any]) -> int:
+        gc.collect()
+        return sum(one() is not None for one in held)
+
+    held = run()
+    once = variants()
+    assert not alive(held) and once
+    assert not alive(run(compensation="drop", sparsity=0.6)) and variants() == once
+    run(**LORA)  # other layers: all of it again, from nothing
+    assert min(variants()[name] for name in once) == 2 * min(once.values())
+
+
+def test_the_variant_after_the_last_is_refused_not_run_eagerly() -> None:
+    def double(x: torch.Tensor, kind: str) -> torch.Tensor:
+        return 2 * x if kind else x
+
+    compiled = torch.compile(double, backend="eager")
+    x = torch.ones(2)
+    with pytest.raises(Refusal, match="compile=true: allowed is false .* more than 2 variants"):
+        with no_silent_fallback(2):
+            for kind in "ab":
+                assert torch.equal(compiled(x, kind), 2 * x)
+            compiled(x, "c")
+    with no_silent_fallback():
+        assert torch.equal(compiled(x, "d"), 2 * x)
+    assert torch._dynamo.config.recompile_limit == 8
+
+
+def test_a_run_that_is_not_compiled_changes_no_setting(make_job: Any) -> None:
+    job = make_job()
+    job.kept = {}
+    with compiling(job):
+        assert not torch._dynamo.config.fail_on_recompile_limit_hit
+    assert job.kept == {}
