@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
@@ -75,7 +76,8 @@ class Processor(nn.Module):
         query, key = attn.norm_q(query), attn.norm_k(key)
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
         if rotary_emb is not None:
-            query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
+            turn = angles(*rotary_emb)
+            query, key = rotate(query, *turn), rotate(key, *turn)
         query, key = query.type_as(value), key.type_as(value)  # under autocast the norms give fp32
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, H, S, D]
         out = self.context.attend(self.attention, q, k, v)
@@ -85,15 +87,16 @@ class Processor(nn.Module):
         return out
 
 
+def angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and the signed sin of each pair of cos, sin [1, S, 1, D], as `rotate` takes them."""
+    sin = sin[..., 1::2]
+    return cos[..., 0::2, None], torch.stack((-sin, sin), -1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of x [B, S, H, D] by the angles in cos, sin [1, S, 1, D]."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    rotated = (even * cos - odd * sin, even * sin + odd * cos)
-    return _interleave(*rotated).type_as(x)
+    """Rotate neighbouring pairs of x [B, S, H, D] by `angles`: [1, S, 1, D / 2, 1 or 2].
 
-
-def _interleave(even: Tensor, odd: Tensor) -> Tensor:
-    out = even.new_empty(*even.shape[:-1], 2 * even.shape[-1])
-    out[..., 0::2], out[..., 1::2] = even, odd
-    return out
+    In whole pairs, without strided writes: one pass where it is compiled, forward and backward.
+    """
+    pairs = x.unflatten(-1, (-1, 2))
+    return (pairs * cos + pairs.flip(-1) * sin).flatten(-2).type_as(x)
