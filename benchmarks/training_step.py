@@ -64,6 +64,7 @@ VARIANTS = {
 PARTS = ("noise", "teacher", "forward", "backward", "optimizer", "average")
 STUDENT = ("forward", "backward", "optimizer")
 _WARM_UP = 2
+_TOP = 40  # kernels in the table; the JSON has all
 
 
 class Marks:
@@ -269,18 +270,31 @@ def measure(
         return Row(name, 0.0, {}, 0, estimated, reason=str(error).partition(".")[0])
 
 
-def kernels(step: Step, count: int = 25) -> list[tuple[str, float, int]]:
-    """Return the kernels that a step spends most time in: name, ms, calls."""
+def kernels(step: Step) -> list[tuple[str, float, int]]:
+    """Return the kernels of a step, most time first: name, ms, calls; of copies also who asked."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities, record_shapes=True) as record:
         step()
         step.marks.take()
     on_gpu = step.device.type == "cuda"
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     events = [e for e in record.key_averages() if not on_gpu or e.device_type.name == "CUDA"]
-    events.sort(key=lambda e: getattr(e, own), reverse=True)
-    return [(e.key[:100], getattr(e, own) / 1000, e.count) for e in events[:count]]
+    found = [(e.key[:100], getattr(e, own) / 1000, e.count) for e in events]
+    copies: dict[str, tuple[float, int]] = {}
+    for event in record.events():
+        if event.name == "aten::copy_" and getattr(event, own) > 0:
+            callers: list[str] = []
+            at = event.cpu_parent
+            while at is not None and len(callers) < 4:
+                callers.append(at.name[:40])
+                at = at.cpu_parent
+            name = f"copy of {event.input_shapes[0]} in {' in '.join(callers)}"
+            ms, calls = copies.get(name, (0.0, 0))
+            copies[name] = ms + getattr(event, own) / 1000, calls + 1
+    found += [(name, ms, calls) for name, (ms, calls) in copies.items()]
+    return sorted(found, key=lambda one: -one[1])
 
 
 def markdown(rows: list[Row], header: dict[str, str], title: str) -> str:
@@ -312,7 +326,8 @@ def markdown(rows: list[Row], header: dict[str, str], title: str) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     for row in (row for row in rows if row.kernels):
         lines += ["", f"## {row.variant}", "", "| kernel | ms | calls |", "|---|---|---|"]
-        lines += [f"| `{name}` | {ms:.2f} | {calls} |" for name, ms, calls in row.kernels]
+        top = row.kernels[:_TOP]
+        lines += [f"| `{name}` | {ms:.2f} | {calls} |" for name, ms, calls in top]
     return "\n".join(lines) + "\n"
 
 
