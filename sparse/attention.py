@@ -87,17 +87,15 @@ class SparseAttention(nn.Module):
         self.mask: BlockMask | None = None
         self.band: Band | None = None
         self.is_dense = False  # in this forward
+        # found once: asking a protocol takes as long as launching several kernels
+        self._gated = [p for p in (self.policy, self.estimator) if isinstance(p, Gated)]
         clusters = getattr(self.layout, "clusters", self.layout)
         self.codebooks = Codebooks(clusters) if isinstance(clusters, Clusters) else None
 
     @property
     def learning(self) -> list[Gated]:
         """Return the parts whose mask parameters train."""
-        return [
-            part
-            for part in (self.policy, self.estimator)
-            if isinstance(part, Gated) and any(p.requires_grad for p in part.parameters())
-        ]
+        return [part for part in self._gated if any(p.requires_grad for p in part.parameters())]
 
     def reset(
         self, branch: str | None = None, *, is_first: bool = False, is_dense: bool = False

@@ -88,7 +88,7 @@ class Processor(nn.Module):
 
 
 def angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and the signed sin of each pair of cos, sin [1, S, 1, D], as `rotate` takes them."""
+    """Return cos and signed sin of each pair, as `rotate` takes them, of cos, sin [1, S, 1, D]."""
     sin = sin[..., 1::2]
     return cos[..., 0::2, None], torch.stack((-sin, sin), -1)
 
