@@ -15,7 +15,7 @@ from gossamer.sparse.compensation import Centroid, Drop
 from gossamer.sparse.estimators.mean_pool import MeanPool
 from gossamer.sparse.estimators.router import Router
 from gossamer.sparse.layout import RowMajor, Tiles, TokenGrid
-from gossamer.sparse.models.wan import Processor, token_grid
+from gossamer.sparse.models.wan import Processor, angles, rotate, token_grid
 from gossamer.sparse.policies import Hybrid, TrainedHybrid
 
 diffusers = pytest.importorskip("diffusers")
@@ -121,6 +121,48 @@ def test_gradients_equal_those_of_the_stock_processor(checkpointing: bool, mixed
         ours = gradients(attach(model, None), call)
     assert stock.keys() == ours.keys() and len(stock) > 50
     assert all(torch.equal(ours[name], stock[name]) for name in stock)
+
+
+def turned(x: Tensor, angle: Tensor) -> Tensor:
+    """Rotate by the processor's formula; angle [S, D / 2]."""
+    cos, sin = (f(angle).repeat_interleave(2, -1)[None, :, None] for f in (torch.cos, torch.sin))
+    return rotate(x, *angles(cos, sin))
+
+
+def test_rotation_and_its_gradient_are_those_of_complex_numbers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, g = torch.randn(2, 2, 5, 3, 8, generator=generator, dtype=torch.float64)
+    angle = 7 * torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    x.requires_grad_()
+    out = turned(x, angle)
+    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+    expected, back = (
+        torch.view_as_real(torch.view_as_complex(y.detach().unflatten(-1, (-1, 2))) * t).flatten(-2)
+        for y, t in ((x, turn), (g, turn.conj()))
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-14, atol=1e-14)
+    (gradient,) = torch.autograd.grad(out, x, g)
+    torch.testing.assert_close(gradient, back, rtol=1e-14, atol=1e-14)
+
+
+def test_compiled_rotation_writes_no_slices_and_no_zeros() -> None:
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    seen: list[str] = []
+
+    def keep(graph: Any, example: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    x, angle = torch.randn(1, 6, 2, 8, requires_grad=True), torch.randn(6, 4)
+    out = torch.compile(turned, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))(x, angle)
+    torch.testing.assert_close(out, turned(x, angle))
+    out.sum().backward()
+    torch._dynamo.reset()
+    assert sum("aten.flip" in name for name in seen) == 2  # forward and backward
+    assert not [n for n in seen if any(word in n for word in ("scatter", "backward", "zeros"))]
 
 
 @pytest.mark.parametrize("compensation", [Drop(), Centroid()])

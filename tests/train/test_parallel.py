@@ -57,6 +57,16 @@ def test_shards_give_the_run_of_one_and_are_exported(
     assert_same(lab.run(tmp_path), unbroken)
 
 
+@pytest.mark.full
+def test_compiled_shards_of_student_and_teacher_give_the_run_of_one(
+    unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    settings = {**SETTINGS, "compile": True, "gradient_checkpointing": True}
+    done = launcher.ranks(lab.student(tmp_path, **settings), launch=FSDP)
+    assert [one.code for one in done] == [0, 0], done[0].text + done[1].text
+    assert_same(lab.run(tmp_path), unbroken)
+
+
 def test_processes_that_share_each_clip_give_the_run_of_one(
     unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
