@@ -21,6 +21,13 @@ class AttentionContext:
 
     @torch.compiler.disable  # compiled, the recompute of checkpointing would save other tensors
     def attend(self, attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return a layer's attention of q, k, v [B, H, S, D]."""
+        """Return a layer's attention of q, k, v [B, S, H, D], with their strides.
+
+        Heads change places here: compiled code wants contiguous gradients of what it returns, and
+        would copy those of transposed q, k and v.
+        """
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         call = (q, k, v, self.grid, self.timestep)
-        return attention(*call) if self.sequence is None else self.sequence.attend(attention, *call)
+        own = self.sequence
+        out = attention(*call) if own is None else own.attend(attention, *call)
+        return out.transpose(1, 2)

@@ -79,9 +79,8 @@ class Processor(nn.Module):
             turn = angles(*rotary_emb)
             query, key = rotate(query, *turn), rotate(key, *turn)
         query, key = query.type_as(value), key.type_as(value)  # under autocast the norms give fp32
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, H, S, D]
-        out = self.context.attend(self.attention, q, k, v)
-        out = out.transpose(1, 2).flatten(2).type_as(query)
+        out = self.context.attend(self.attention, query, key, value)
+        out = out.flatten(2).type_as(query)
         for layer in attn.to_out:
             out = layer(out)
         return out

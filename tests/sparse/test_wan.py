@@ -15,6 +15,7 @@ from gossamer.sparse.compensation import Centroid, Drop
 from gossamer.sparse.estimators.mean_pool import MeanPool
 from gossamer.sparse.estimators.router import Router
 from gossamer.sparse.layout import RowMajor, Tiles, TokenGrid
+from gossamer.sparse.models.context import AttentionContext
 from gossamer.sparse.models.wan import Processor, angles, rotate, token_grid
 from gossamer.sparse.policies import Hybrid, TrainedHybrid
 
@@ -121,6 +122,24 @@ def test_gradients_equal_those_of_the_stock_processor(checkpointing: bool, mixed
         ours = gradients(attach(model, None), call)
     assert stock.keys() == ours.keys() and len(stock) > 50
     assert all(torch.equal(ours[name], stock[name]) for name in stock)
+
+
+def test_compiled_code_gets_back_gradients_that_it_need_not_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own, contiguous = AttentionContext.attend, []
+
+    def attend(context: AttentionContext, attention: nn.Module, *qkv: Tensor) -> Tensor:
+        for x in qkv:
+            contiguous.append(x.is_contiguous())
+            x.register_hook(lambda gradient: contiguous.append(gradient.is_contiguous()))
+        out = own(context, attention, *qkv)
+        contiguous.append(out.is_contiguous())
+        return out
+
+    monkeypatch.setattr(AttentionContext, "attend", attend)
+    gradients(attach(wan(16).train(), None), inputs())
+    assert contiguous == [True] * 2 * 7  # layers; q, k, v, their gradients, the output
 
 
 def turned(x: Tensor, angle: Tensor) -> Tensor:

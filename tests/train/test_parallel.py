@@ -58,13 +58,15 @@ def test_shards_give_the_run_of_one_and_are_exported(
 
 
 @pytest.mark.full
-def test_compiled_shards_of_student_and_teacher_give_the_run_of_one(
-    unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
+def test_compiled_shards_of_student_and_teacher_give_the_compiled_run_of_one(
+    lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
     settings = {**SETTINGS, "compile": True, "gradient_checkpointing": True}
+    alone = launcher.run(lab.student(tmp_path, name="alone", **settings))
+    assert alone.code == 0, alone.text
     done = launcher.ranks(lab.student(tmp_path, **settings), launch=FSDP)
     assert [one.code for one in done] == [0, 0], done[0].text + done[1].text
-    assert_same(lab.run(tmp_path), unbroken)
+    assert_same(lab.run(tmp_path), lab.run(tmp_path, "alone"))
 
 
 def test_processes_that_share_each_clip_give_the_run_of_one(
