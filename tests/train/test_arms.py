@@ -85,7 +85,8 @@ def test_settings_that_cannot_be_are_refused(settings: list[str], said: str) -> 
 
 def test_jobs_are_known_whatever_they_are_called(tmp_path: Path) -> None:
     first = compose(["name=a", f"runs_dir={tmp_path}", "num_workers=2"])
-    assert Results.identity(first) == Results.identity(compose(["name=b"]))
+    for same in ("name=b", "compile=true"):
+        assert Results.identity(first) == Results.identity(compose([same]))
     others = [
         "stages=[calibrate,evaluate]",
         "seed=1",

@@ -57,8 +57,11 @@ class Results:
 
     @staticmethod
     def identity(cfg: DictConfig) -> str:
-        """Return what tells a job from others: a hash of all that decides what it finds."""
-        free = (*PLACE_KEYS, *FREE_KEYS)
+        """Return what tells a job from others: a hash of all that decides what it finds.
+
+        Compiled code finds the same but for rounding.
+        """
+        free = (*PLACE_KEYS, *FREE_KEYS, "compile")
         return fingerprint(cfg, ["stages", *(key for key in map(str, cfg) if key not in free)])
 
     def metrics_of(self, cfg: DictConfig) -> dict[str, Any] | None:
