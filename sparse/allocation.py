@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from gossamer.sparse.mask import BlockScores
+from gossamer.sparse.mask import BlockScores, text_pairs
 
 Measure = Literal["mass", "relative_l1", "output", "fisher", "velocity", "velocity_exact"]
 
@@ -146,8 +146,9 @@ def coverage(scores: BlockScores) -> tuple[Tensor, Tensor]:
     always = torch.zeros_like(score, dtype=torch.bool)
     if scores.forced is not None:
         always |= scores.forced
-    if scores.kv_layout.text is not None and scores.q_layout.text is not None:
-        always |= scores.kv_layout.text | scores.q_layout.text[:, None]
+    text = text_pairs(scores.q_layout, scores.kv_layout)
+    if text is not None:
+        always |= text
     own = torch.where(always, 0, sizes)
     fixed = torch.where(always, sizes, 0).sum(-1, keepdim=True)
     return ordered, (own.gather(-1, order).cumsum(-1) + fixed) / sizes.sum(-1, keepdim=True)
