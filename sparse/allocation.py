@@ -4,6 +4,7 @@ Every rule says what the next block of each head is worth, and blocks are given 
 of worth until the budget is used: one number, the worth of the last block, decides all budgets.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -68,8 +69,8 @@ class OneMass:
 class EqualError:
     """The smallest budget of each head whose error is below one bound for all heads.
 
-    With the captured attention mass it is a quantile of the scores (SVOO, arXiv 2603.18636), with
-    the relative L1 error of the output SpargeAttention's tuning (arXiv 2502.18137, section 3.6).
+    The bound is the one that meets the sparsity. With the captured attention mass it is a quantile
+    of the scores (SVOO, arXiv 2603.18636).
     """
 
     measure: Measure | None
@@ -111,6 +112,41 @@ class Fixed:
 
     def worth(self, curves: Curves) -> Tensor:
         raise ValueError("allocation=fixed: it has no budget to give; choose another allocation")
+
+
+class ErrorBound:
+    """Each head's least mass p at which no clip's relative L1 error of its output exceeds l1.
+
+    SpargeAttention's tuning (arXiv 2502.18137, section 3.6), by bisection; the policy's k stays,
+    and the sparsity is what comes of it. Where the compensation is FilteredDrop its gap follows, of
+    the same head: the least that keeps the error within l2.
+    """
+
+    measure: Measure | None = "relative_l1"
+
+    def __init__(self, *, l1: float = 0.05, l2: float = 0.06) -> None:
+        if not 0 <= l1 <= l2:
+            raise ValueError(f"l1={l1}, l2={l2}: allowed is 0 <= l1 <= l2; e.g. 0.05 and 0.06")
+        self.l1, self.l2 = l1, l2
+
+    def worth(self, curves: Curves) -> Tensor:
+        raise ValueError("allocation=error_bound: it has no budget to give; choose another one")
+
+
+def least_within(
+    error: Callable[[Tensor], Tensor], bound: float, *, like: Tensor, most: float, steps: int
+) -> Tensor:
+    """Bisect from 0 to `most` for the least values, shaped as `like`, whose errors are in bounds.
+
+    `error` falls in each value on its own; where even `most` is out of bounds, it is what is found.
+    """
+    high = torch.full_like(like, most)
+    low = torch.zeros_like(high)
+    for _ in range(steps):
+        middle = (low + high) / 2
+        is_in = error(middle) <= bound
+        low, high = torch.where(is_in, low, middle), torch.where(is_in, middle, high)
+    return high
 
 
 def give_out(worth: Tensor, density: Tensor, *, target: float) -> tuple[Tensor, float]:

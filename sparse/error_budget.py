@@ -29,7 +29,7 @@ class ErrorBudget(Hybrid):
     Masks are nested as k grows with guaranteed = 0 only. Else a block that becomes guaranteed can
     displace one that was chosen by error; guaranteed blocks and pairs spent (to a block) do grow.
     One order in which both kinds take turns would be nested, but was measured to have 3 to 10 %
-    more output error at 5 % density (synthetic clusters), within 1 % or less from 20 % on.
+    more output error at 5 % density (synthetic clusters) and as much from 20 % on.
     """
 
     counts_blocks = False
