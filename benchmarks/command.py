@@ -12,10 +12,11 @@ import torch
 from gossamer.benchmarks.contestants import CONTESTANTS
 from gossamer.benchmarks.run import Row, Runner
 from gossamer.benchmarks.settings import RESULTS, describe, parse
-from gossamer.benchmarks.table import as_json, environment, markdown
+from gossamer.benchmarks.table import as_json, markdown
 from gossamer.benchmarks.timing import CudaStopwatch
 from gossamer.train.files import write_atomic
 from gossamer.train.refusal import Refusal
+from gossamer.train.study_output import environment
 
 log = logging.getLogger(__name__)
 

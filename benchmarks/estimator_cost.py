@@ -1,10 +1,10 @@
 """What each way to a block mask costs beside the sparse attention it serves, on a GPU.
 
-    python -m gossamer.benchmarks.estimator_cost [--shape A] [--sparsity 0.95] [--out ...]
+    python -m gossamer.benchmarks.estimator_cost [--shape A] [--sparsity 0.95] [--plot docs/...png]
 
 From q, k, v in sequence order to the index lists: layout (clusters go on from the step before),
 permutation, estimator, policy and lists; then attention forward in the layout's blocks. Times are
-of the GPU with the host ahead; random q, k and v.
+of the GPU with the host ahead; random q, k and v. Writes table, figures and plot to --out.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from gossamer.benchmarks.cases import SHAPES
-from gossamer.benchmarks.table import environment
 from gossamer.benchmarks.timing import CudaStopwatch
 from gossamer.kernels.dense_attention.op import dense_attention
 from gossamer.sparse.attention import MaskEstimator
@@ -33,7 +32,9 @@ from gossamer.sparse.layouts.clusters import Clusters, Codebook, SemanticCluster
 from gossamer.sparse.layouts.head_pattern import HeadPattern as HeadPatternLayout
 from gossamer.sparse.mask import BlockMask
 from gossamer.sparse.policies import Hybrid
+from gossamer.train.study_output import draw_bars, environment, heading
 
+PARTS = ("layout", "permute", "mask", "attention")
 GRIDS = {"A": TokenGrid(21, 30, 52), "B": TokenGrid(21, 45, 80)}
 METHODS: dict[str, tuple[Layout, MaskEstimator, type[Hybrid], Drop | Centroid]] = {
     "mean-pool, 128 x 64": (RowMajor(), MeanPool(), Hybrid, Drop()),
@@ -53,6 +54,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--sparsity", type=float, default=0.95)
     parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path, default=Path("runs/estimator_cost"))
+    parser.add_argument("--plot", type=Path, default=None)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("device=cpu: allowed is a machine with a GPU; run it on one")
@@ -79,6 +81,7 @@ def main(arguments: list[str]) -> int:
     (options.out / "estimator_cost.json").write_text(json.dumps(results, indent=1) + "\n")
     text = _markdown(options, header, dense, rows)
     (options.out / "estimator_cost.md").write_text(text)
+    _draw(options.plot or options.out / "estimator_cost.png", dense, rows)
     sys.stdout.write(text)
     return 0
 
@@ -135,11 +138,10 @@ def _milliseconds(stopwatch: CudaStopwatch, run: Callable[[], object]) -> float:
 def _markdown(
     options: argparse.Namespace, header: dict[str, str], dense: float, rows: list[dict]
 ) -> str:
-    said = ", ".join(f"{key} {value}" for key, value in header.items() if key != "command")
     lines = [
         f"# Cost of the estimators, shape {options.shape}",
         "",
-        f"{said}. Command: `{header['command']}`. Dense attention forward: {dense:.3f} ms. "
+        f"{heading(header)} Dense attention forward: {dense:.3f} ms. "
         "Milliseconds of the GPU; share: layout, permutation and mask over the attention.",
         "",
         "| method | density | layout | permute | mask | attention | share | x dense, all |",
@@ -156,6 +158,13 @@ def _markdown(
             f" | {dense / (extra + row['attention']):.1f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _draw(path: Path, dense: float, rows: list[dict]) -> None:
+    shown = {
+        row["method"]: {part: row[part] for part in PARTS} for row in rows if "error" not in row
+    }
+    draw_bars(path, shown, x=f"ms of the GPU (dense attention: {dense:.2f})")
 
 
 if __name__ == "__main__":

@@ -6,18 +6,18 @@
 
 q, k and v are synthetic, and captured from the dense model of a recipe, or of recipe=demo. Writes
 estimators.md and estimators.json to --out and a plot to --plot. Every method gets its density by
-bisection of one p for all heads (a quarter of the density as Top-k floor), or by k.
+bisection of one p for all heads (a quarter of the density as Top-k floor), or by k. SVG1 chooses
+each head's order by the band of that density, as method_named does.
 """
 
 import argparse
 import json
-import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,21 @@ from gossamer.benchmarks.estimators_report import markdown, plot
 from gossamer.benchmarks.tensors import Problem, captured, synthetic
 from gossamer.sparse.error_budget import ErrorBudget
 from gossamer.sparse.estimators.error_aware import ErrorAware
+from gossamer.sparse.estimators.head_pattern import HeadPattern as Band
 from gossamer.sparse.estimators.mean_pool import MeanPool
 from gossamer.sparse.estimators.oracle import Oracle
-from gossamer.sparse.layout import Layout, Tiles, permute_qkv
+from gossamer.sparse.layout import BlockLayout, Layout, Tiles, permute_qkv
 from gossamer.sparse.layouts.clusters import SemanticClusters, SortedClusters
+from gossamer.sparse.layouts.head_pattern import HeadPattern
 from gossamer.sparse.mask import BlockMask, BlockScores
 from gossamer.sparse.policies import Hybrid
 from gossamer.train.files import write_atomic
+from gossamer.train.study_output import environment
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
 Q_TOKENS, KV_TOKENS = 32, 16  # mean tokens of a cluster, and of the tiles
 Choose = Callable[[BlockScores, float], BlockMask]
+Placed = tuple[Tensor, Tensor, Tensor, BlockLayout, BlockLayout]  # q, k, v in block order
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ def mass_of(scores: BlockScores, density: float) -> BlockMask:
 
 METHODS = (
     Method("random, dropped", "tiles", Random(), by_k(Hybrid), False),
+    Method("SVG1 dropped", "bands", Band(), by_k(Hybrid), False),
     Method("mean-pool tiles, dropped", "tiles", MeanPool(), by_p(Hybrid), False),
     Method("mean-pool tiles, compensated", "tiles", MeanPool(), by_p(Hybrid), True),
     Method("SVG2 dropped", "clusters", MeanPool(), by_p(Hybrid), False),
@@ -132,27 +137,41 @@ def layouts_for(tokens: int, cold_iterations: int = 10) -> dict[str, Layout]:
     }
 
 
-def curves(
-    problems: list[Problem], densities: Sequence[float]
-) -> dict[str, list[dict[str, float]]]:
+def curves(problems: list[Problem], densities: Sequence[float]) -> dict[str, list[dict[str, Any]]]:
     """Return for each method, at each density, the errors meaned over problems and heads."""
     found: dict[str, list[list[Errors]]] = {m.name: [[] for _ in densities] for m in METHODS}
     for problem in problems:
-        placed = {}
-        for name, layout in layouts_for(problem.grid.num_tokens).items():
-            parts = layout(problem.q, problem.k, problem.v, problem.grid)
-            placed[name] = (*permute_qkv(*parts, problem.q, problem.k, problem.v), *parts)
+        layouts = layouts_for(problem.grid.num_tokens)
+        placed = {name: _place(problem, layout) for name, layout in layouts.items()}
         for method in METHODS:
-            inner = placed[method.layout]
-            scores = method.estimator(*inner)
-            for d, density in enumerate(densities):
+            scored = _scored(problem, method, placed, densities)
+            for d, (density, (inner, scores)) in enumerate(zip(densities, scored, strict=True)):
                 mask = method.choose(scores, density)
                 errors = errors_of(*inner[:3], mask, compensated=method.compensated)
                 found[method.name][d].append(errors)
     return {name: [_mean(errors) for errors in rows] for name, rows in found.items()}
 
 
-def _mean(errors: list[Errors]) -> dict[str, float]:
+def _place(problem: Problem, layout: Layout) -> Placed:
+    parts = layout(problem.q, problem.k, problem.v, problem.grid)
+    return (*permute_qkv(*parts, problem.q, problem.k, problem.v), *parts)
+
+
+def _scored(
+    problem: Problem, method: Method, placed: dict[str, Placed], densities: Sequence[float]
+) -> Iterator[tuple[Placed, BlockScores]]:
+    """Yield what `_place` returns and its scores for each density: the same, but for SVG1."""
+    if method.layout == "bands":
+        for density in densities:
+            layout = HeadPattern(q_block=Q_TOKENS, kv_block=KV_TOKENS, density=density)
+            inner = _place(problem, layout)
+            yield inner, method.estimator(*inner)
+    else:
+        inner = placed[method.layout]
+        yield from repeat((inner, method.estimator(*inner)), len(densities))
+
+
+def _mean(errors: list[Errors]) -> dict[str, Any]:
     def mean(field: str) -> float:
         return float(torch.cat([getattr(e, field) for e in errors]).double().mean())
 
@@ -160,6 +179,7 @@ def _mean(errors: list[Errors]) -> dict[str, float]:
         "density": mean("density"),
         "output_error": mean("output") ** 0.5,
         "map_error": mean("map"),
+        "by_problem": [float(e.output.double().mean()) ** 0.5 for e in errors],
     }
 
 
@@ -169,8 +189,7 @@ def correlations(problems: list[Problem]) -> dict[str, dict[str, float]]:
     for problem in problems:
         layouts = layouts_for(problem.grid.num_tokens)
         for name in ("tiles", "clusters"):
-            parts = layouts[name](problem.q, problem.k, problem.v, problem.grid)
-            inner = (*permute_qkv(*parts, problem.q, problem.k, problem.v), *parts)
+            inner = _place(problem, layouts[name])
             true = TrueErrors()(*inner)
             assert true.error is not None
             truth = true.score * true.error[..., None]
@@ -197,9 +216,7 @@ def rounds(problems: list[Problem]) -> dict[str, float]:
     for count in (1, 2, 5, 10, 50):
         errors = []
         for problem in problems:
-            layout = layouts_for(problem.grid.num_tokens, count)["clusters"]
-            parts = layout(problem.q, problem.k, problem.v, problem.grid)
-            inner = (*permute_qkv(*parts, problem.q, problem.k, problem.v), *parts)
+            inner = _place(problem, layouts_for(problem.grid.num_tokens, count)["clusters"])
             mask = by_p(ErrorBudget)(ErrorAware()(*inner), 0.1)
             errors.append(errors_of(*inner[:3], mask, compensated=True))
         found[str(count)] = _mean(errors)["output_error"]
@@ -217,6 +234,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
     parser.add_argument("--out", type=Path, default=Path("runs/estimators"))
     parser.add_argument("--plot", type=Path, default=None)
+    parser.add_argument("--commit", default="", help="of the code, where git cannot tell")
     parser.add_argument("overrides", nargs="*", default=["recipe=demo"])
     options = parser.parse_intermixed_args(arguments)
     device = torch.device(options.device)
@@ -238,15 +256,14 @@ def main(arguments: list[str]) -> int:
         data[name] = {
             "problems": len(problems),
             "heads": heads,
+            "groups": [problem.group for problem in problems],
             "curves": curves(problems, options.densities),
             "correlations": correlations(problems),
             "rounds": rounds(problems),
         }
-    is_gpu = device.type == "cuda"
-    machine = torch.cuda.get_device_name(device) if is_gpu else f"{platform.machine()} CPU"
+    command = shlex.join(["python", "-m", "gossamer.benchmarks.estimators", *arguments])
     results = {
-        "command": shlex.join(["python", "-m", "gossamer.benchmarks.estimators", *arguments]),
-        "machine": f"{machine}, torch {torch.__version__}",
+        "header": environment(command, options.commit, device.type),
         "seconds": time.monotonic() - start,
         "densities": options.densities,
         "data": data,

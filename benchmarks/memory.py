@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from gossamer.benchmarks.table import environment
 from gossamer.benchmarks.training_step import DENSE, LATENTS, SHAPES, Row, Step, config, measure
 from gossamer.train.files import write_atomic
 from gossamer.train.memory import GIB, Memory, Split, estimate
+from gossamer.train.study_output import environment, heading
 
 TEXT = (512, 4096)
 GPUS = 8
@@ -112,14 +112,13 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     command = shlex.join(["python", "-m", "gossamer.benchmarks.memory", *arguments])
     header = environment(command, options.commit)
-    said = ", ".join(f"{key} {value}" for key, value in header.items() if key != "command")
     if options.measure:
         size = f"{options.shape.upper()} at {options.latent}"
         title = f"# Memory of a step, {size}: measured and planned"
         parts = compared(options.shape, LATENTS[options.latent], options.only)
     else:
         title, parts = "# Memory of a step: planned, not measured", iter([planned()])
-    text = f"{title}\n\n{said}. Command: `{command}`.\n\n"
+    text = f"{title}\n\n{heading(header)}\n\n"
     options.out.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.write(text)
     for part in parts:

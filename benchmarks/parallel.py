@@ -32,7 +32,6 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from gossamer.benchmarks.table import environment
 from gossamer.sparse.attach import attach
 from gossamer.sparse.attention import SparseMethod
 from gossamer.sparse.compensation import Centroid
@@ -49,6 +48,7 @@ from gossamer.train.noise import Uniform
 from gossamer.train.optimizers import AdamW
 from gossamer.train.parallel import Parallel
 from gossamer.train.pulse import Pulse
+from gossamer.train.study_output import environment, heading
 from gossamer.train.teacher import Frozen
 
 WARM_UP = 3  # steps that compile and allocate: their losses count, their times do not
@@ -292,12 +292,11 @@ def markdown(out: Path, header: dict[str, str], options: Any) -> str:
     """Return the tables of all modes whose results lie in the folder."""
     found = {p.stem: json.loads(p.read_text()) for p in sorted(out.glob("*.json"))}
     rows = {name: row for name, row in found.items() if "losses" in row}
-    said = ", ".join(f"{key} {value}" for key, value in header.items() if key != "command")
     shape = SHAPES[options.shape]
     lines = [
         "# A distillation step on several GPUs",
         "",
-        f"{said}. Command: `{header['command']}`.",
+        heading(header),
         "",
         f"Wan of {shape.layers} layers, {shape.heads} heads of {shape.head_dim}, {shape.tokens:,} "
         f"tokens a clip, random weights and latents; sparsity {options.sparsity}; precision "

@@ -1,17 +1,13 @@
 """The results: a Markdown table, one line per row, and a JSON file with every figure."""
 
 import json
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from datetime import date
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from gossamer.benchmarks.run import Row
 from gossamer.benchmarks.timing import MIN_MS, MIN_REPEATS
+from gossamer.train.study_output import heading
 
 CUDNN = "dense-cudnn"
 RATIOS = ("forward", "forward + mask", "backward", "backward + lists", "total")
@@ -25,28 +21,12 @@ _NONE = "-"
 _WORTH_SAYING = 0.01  # relative error of out; bf16 attention has 0.2 %
 
 
-def environment(command: str, commit: str) -> dict[str, str]:
-    """Return what the figures depend on; the commit is found by git if it is not given."""
-    import triton
-
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cudnn": str(torch.backends.cudnn.version()),
-        "commit": commit or _commit(),
-        "date": str(date.today()),
-        "command": command,
-    }
-
-
 def markdown(rows: Sequence[Row], header: dict[str, str], progress: str) -> str:
     """Return the table, in the order of shape, case and contestant."""
-    said = ", ".join(f"{key} {value}" for key, value in header.items() if key != "command")
     lines = [
         "# Attention, forward and backward",
         "",
-        f"{said}. Command: `{header['command']}`. {progress}",
+        f"{heading(header)} {progress}",
         "",
         f"bf16, batch 1, normal data. Median (20-80 %) of at least {MIN_REPEATS} runs and "
         f"{MIN_MS:g} ms of the GPU's time, L2 flushed and the whole run queued before each; the "
@@ -179,12 +159,3 @@ def _entry(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
         "times_best_dense": ratios(row, rows, only_cudnn=False),
         "skewed_over_uniform": against_uniform(row, rows),
     }
-
-
-def _commit() -> str:
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return "unknown"
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"

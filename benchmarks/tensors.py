@@ -15,9 +15,9 @@ LEVELS = (0.9, 0.5, 0.1)  # noise levels of the captured tensors
 
 @dataclass(frozen=True)
 class Problem:
-    """One self-attention: q, k, v [1, H, S, D]."""
+    """One self-attention: q, k, v [1, H, S, D], of a noise level or a seed."""
 
-    name: str
+    group: str
     q: Tensor
     k: Tensor
     v: Tensor
@@ -43,7 +43,7 @@ def synthetic(device: torch.device, *, seeds: int = 3, every: int = 1) -> Iterat
         v = k @ torch.randn(1, heads, dim, dim, generator=generator) * dim**-0.5
         v = v + 0.5 * torch.randn(v.shape, generator=generator)
         q, k, v = (x[:, ::every].to(device) for x in (q, k, v))
-        yield Problem(f"synthetic, seed {seed}", q, k, v, grid)
+        yield Problem(f"seed {seed}", q, k, v, grid)
 
 
 @torch.no_grad()
@@ -71,6 +71,6 @@ def captured(
     for sample in noisy_samples(items, list(LEVELS), 1, job.device):
         seen.clear()
         velocity(teacher, sample.x, sample.t, sample.text, sample.condition)
-        for layer, (*tensors, grid, _) in list(enumerate(seen))[::layers]:
+        for *tensors, grid, _ in seen[::layers]:
             q, k, v = (x[:, ::every].float().contiguous() for x in tensors)
-            yield Problem(f"t={LEVELS[sample.level]}, layer {layer}", q, k, v, grid)
+            yield Problem(f"t={LEVELS[sample.level]}", q, k, v, grid)

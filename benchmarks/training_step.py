@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.benchmarks.table import environment
 from gossamer.sparse.attach import attach, method_from_spec
 from gossamer.train.compiling import no_silent_fallback
 from gossamer.train.config import build, compose
@@ -35,6 +34,7 @@ from gossamer.train.memory import GIB, estimate
 from gossamer.train.model import compile_blocks
 from gossamer.train.progress import Progress, parameter_groups
 from gossamer.train.refusal import Refusal
+from gossamer.train.study_output import environment, heading
 from gossamer.train.teacher import Cached, Frozen, Offloaded, Shared
 
 SHAPES = {
@@ -300,13 +300,12 @@ def kernels(step: Step) -> list[tuple[str, float, int]]:
 def markdown(rows: list[Row], header: dict[str, str], title: str) -> str:
     """Return the table of parts and the ratios to the first row."""
     dense = rows[0]
-    said = ", ".join(f"{key} {value}" for key, value in header.items() if key != "command")
     columns = ["step", "density", *PARTS, "total", "x dense: student, total"]
     columns += ["peak GiB", "estimate", "off by"]
     lines = [
         "# A training step",
         "",
-        f"{said}. Command: `{header['command']}`.",
+        heading(header),
         "",
         f"{title} Medians in ms. Student: {', '.join(STUDENT)}.",
         "",

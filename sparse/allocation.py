@@ -4,13 +4,14 @@ Every rule says what the next block of each head is worth, and blocks are given 
 of worth until the budget is used: one number, the worth of the last block, decides all budgets.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from gossamer.sparse.mask import BlockScores
+from gossamer.sparse.mask import BlockScores, text_pairs
 
 Measure = Literal["mass", "relative_l1", "output", "fisher", "velocity", "velocity_exact"]
 
@@ -68,8 +69,8 @@ class OneMass:
 class EqualError:
     """The smallest budget of each head whose error is below one bound for all heads.
 
-    With the captured attention mass it is a quantile of the scores (SVOO, arXiv 2603.18636), with
-    the relative L1 error of the output SpargeAttention's tuning (arXiv 2502.18137, section 3.6).
+    The bound is the one that meets the sparsity. With the captured attention mass it is a quantile
+    of the scores (SVOO, arXiv 2603.18636).
     """
 
     measure: Measure | None
@@ -113,6 +114,41 @@ class Fixed:
         raise ValueError("allocation=fixed: it has no budget to give; choose another allocation")
 
 
+class ErrorBound:
+    """Each head's least mass p at which no clip's relative L1 error of its output exceeds l1.
+
+    SpargeAttention's tuning (arXiv 2502.18137, section 3.6), by bisection; the policy's k stays,
+    and the sparsity is what comes of it. Where the compensation is FilteredDrop its gap follows, of
+    the same head: the least that keeps the error within l2.
+    """
+
+    measure: Measure | None = "relative_l1"
+
+    def __init__(self, *, l1: float = 0.05, l2: float = 0.06) -> None:
+        if not 0 <= l1 <= l2:
+            raise ValueError(f"l1={l1}, l2={l2}: allowed is 0 <= l1 <= l2; e.g. 0.05 and 0.06")
+        self.l1, self.l2 = l1, l2
+
+    def worth(self, curves: Curves) -> Tensor:
+        raise ValueError("allocation=error_bound: it has no budget to give; choose another one")
+
+
+def least_within(
+    error: Callable[[Tensor], Tensor], bound: float, *, like: Tensor, most: float, steps: int
+) -> Tensor:
+    """Bisect from 0 to `most` for the least values, shaped as `like`, whose errors are in bounds.
+
+    `error` falls in each value on its own; where even `most` is out of bounds, it is what is found.
+    """
+    high = torch.full_like(like, most)
+    low = torch.zeros_like(high)
+    for _ in range(steps):
+        middle = (low + high) / 2
+        is_in = error(middle) <= bound
+        low, high = torch.where(is_in, low, middle), torch.where(is_in, middle, high)
+    return high
+
+
 def give_out(worth: Tensor, density: Tensor, *, target: float) -> tuple[Tensor, float]:
     """Return the blocks of each head [H] whose mean density is nearest to target, and the bound.
 
@@ -146,8 +182,9 @@ def coverage(scores: BlockScores) -> tuple[Tensor, Tensor]:
     always = torch.zeros_like(score, dtype=torch.bool)
     if scores.forced is not None:
         always |= scores.forced
-    if scores.kv_layout.text is not None and scores.q_layout.text is not None:
-        always |= scores.kv_layout.text | scores.q_layout.text[:, None]
+    text = text_pairs(scores.q_layout, scores.kv_layout)
+    if text is not None:
+        always |= text
     own = torch.where(always, 0, sizes)
     fixed = torch.where(always, sizes, 0).sum(-1, keepdim=True)
     return ordered, (own.gather(-1, order).cumsum(-1) + fixed) / sizes.sum(-1, keepdim=True)

@@ -1,6 +1,7 @@
 """Put gossamer's attention into a diffusers transformer, and take it out again."""
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gossamer.sparse.attention import DenseAttention, SparseAttention, SparseMethod
@@ -21,6 +23,8 @@ from gossamer.sparse.sequence import SequenceParallel
 CONFIG_NAME = "sparse_attention_config.json"
 STATE_NAME = "sparse_attention.safetensors"
 FORMAT_VERSION = 1
+
+logger = logging.getLogger(__name__)
 
 
 def attach(
@@ -76,10 +80,14 @@ def attach(
 
 
 def detach(target: Any) -> Any:
-    """Restore the processors that the model had before `attach`, and return the target."""
+    """Restore the processors that the model had before `attach`, and return the target.
+
+    Where clusters went on from step to step the log says their hit rate (`hit_rates`).
+    """
     model = transformer_of(target)
-    if RECORD not in model.__dict__:
-        raise ValueError("transformer: it has no gossamer attention; call attach first")
+    if rates := hit_rates(model):
+        q, k = (100 * torch.stack([*rates.values()]).mean((0, 2))).tolist()
+        logger.info("clusters: from step to step %.1f %% of q, %.1f %% of k tokens stayed", q, k)
     record: Attachment = model.__dict__.pop(RECORD)
     record.handle.remove()
     model.__dict__.pop("cache_context", None)
@@ -96,6 +104,20 @@ def attentions(target: Any) -> dict[str, Any]:
     if RECORD not in model.__dict__:
         raise ValueError("transformer: it has no gossamer attention; call attach first")
     return model.__dict__[RECORD].attentions
+
+
+def hit_rates(target: Any) -> dict[str, Tensor]:
+    """Return layer name -> share of q and of k tokens that stayed in their cluster, fp32 [2, H].
+
+    Means over the steps since `attach` that clustered from the codebook of the step before (SVG2,
+    section 4.3); layers without such steps are left out. Only reading it waits for the GPU.
+    """
+    found = {
+        name: attention.codebooks.mean_hit_rate
+        for name, attention in attentions(target).items()
+        if getattr(attention, "codebooks", None) is not None
+    }
+    return {name: rate.cpu() for name, rate in found.items() if rate is not None}
 
 
 def mask_parameters(target: Any) -> dict[str, nn.Parameter]:

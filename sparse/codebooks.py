@@ -73,7 +73,14 @@ class Codebooks:
         self.layout = layout
         self.branch: str | None = None
         self.hit_rate: Tensor | None = None  # fp32 [2, B, H] of the last warm step
+        self._hits: Tensor | None = None  # fp32 [2, H], summed over the warm steps
+        self._warm = 0  # steps that clustered from a codebook
         self.carried: dict[str, Carried] = {}
+
+    @property
+    def mean_hit_rate(self) -> Tensor | None:
+        """Return the hit rate meaned over the warm steps since `reset`, fp32 [2, H]; or None."""
+        return None if self._hits is None else self._hits / self._warm
 
     def start(self, branch: str | None, is_first: bool) -> None:
         """Make the next call one of this branch; its first step starts cold."""
@@ -84,7 +91,8 @@ class Codebooks:
     def reset(self) -> None:
         """Forget every codebook: another prompt begins."""
         self.carried.clear()
-        self.hit_rate = None
+        self.hit_rate = self._hits = None
+        self._warm = 0
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid
@@ -100,6 +108,9 @@ class Codebooks:
         found = self.layout.cluster(q, k, grid, None if before is None else before.codebook)
         if before is not None:
             self.hit_rate = found.codebook.hit_rate(before.codebook)
+            hits = self.hit_rate.mean(1)
+            self._hits = hits if self._hits is None else self._hits + hits
+            self._warm += 1
         self.carried[self.branch] = Carried(found.codebook)
         return found.q_layout, found.kv_layout
 

@@ -25,6 +25,11 @@ class ErrorBudget(Hybrid):
     scope "row" keeps each row to its own budget; "head" and "layer" pool the budgets of all rows
     of a head, or of the heads of a sample, which needs scores that compare (error_aware, output).
     unit "tokens" makes k the share of a head's token pairs, whatever the block sizes; p is then 0.
+
+    Masks are nested as k grows with guaranteed = 0 only. Else a block that becomes guaranteed can
+    displace one that was chosen by error; guaranteed blocks and pairs spent (to a block) do grow.
+    One order in which both kinds take turns would be nested, but was measured to have 3 to 10 %
+    more output error at 5 % density (synthetic clusters) and as much from 20 % on.
     """
 
     counts_blocks = False

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from gossamer.sparse.mask import BlockMask, BlockScores
+from gossamer.sparse.mask import BlockMask, BlockScores, text_pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +64,10 @@ def find_band(scores: BlockScores, mask: BlockMask, side: int) -> Band:
     last = torch.where(free, -score, -torch.inf).topk(side, dim=-1)
     first = torch.where(selected, -torch.inf, score).topk(side, dim=-1)
     column = torch.cat([last.indices, first.indices], -1)
-    q_text, kv_text = mask.q_layout.text, mask.kv_layout.text
+    text = text_pairs(mask.q_layout, mask.kv_layout)
     valid = torch.cat([last.values, first.values], -1) > -torch.inf
-    if q_text is not None and kv_text is not None:
-        valid = valid & ~kv_text[column] & ~q_text[:, None]
+    if text is not None:
+        valid = valid & ~text.expand_as(selected).gather(-1, column)
     count = selected.sum(-1)
     if forced is not None:  # of the prefix that ends with the last free block
         count = (score >= -last.values[..., :1]).sum(-1)

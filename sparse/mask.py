@@ -63,10 +63,19 @@ class BlockMask:
         )
 
 
+def text_pairs(q_layout: BlockLayout, kv_layout: BlockLayout) -> Tensor | None:
+    """Return the pairs of blocks that are always exact, bool [Nq, Nk]: all with text; None if none.
+
+    The one rule for text, for masks, their costs and their gates alike.
+    """
+    if q_layout.text is None or kv_layout.text is None:
+        return None
+    return q_layout.text[:, None] | kv_layout.text[None, :]
+
+
 def keep_text(mask: BlockMask) -> BlockMask:
     """Select every row and every column of text blocks; without text the mask is returned as is."""
-    q_text, kv_text = mask.q_layout.text, mask.kv_layout.text
-    if q_text is None or kv_text is None:
+    text = text_pairs(mask.q_layout, mask.kv_layout)
+    if text is None:
         return mask
-    selected = mask.selected | q_text[:, None] | kv_text[None, :]
-    return BlockMask(mask.q_layout, mask.kv_layout, selected)
+    return BlockMask(mask.q_layout, mask.kv_layout, mask.selected | text)

@@ -23,6 +23,12 @@ def method_named(name: str, sparsity: float = 0.9, **layout: Any) -> SparseMetho
 
     The sparsity is a share of token pairs in every row or head, in place of the papers' Top-p, and
     met to a block; one block a row is always exact. `layout` goes to the layout's constructor.
+
+    sparge is SpargeAttention's plug-and-play Top-k (`meansim_topk`), whose defaults switch guard
+    and second filter off: both change the sparsity. With their Top-p it is SparseMethod(RowMajor(),
+    MeanPool(similarity=0.6), Hybrid(k=0, p=0.9, keep_crossing=False), FilteredDrop()).
+    svg1 takes the better of its two bands for each head. With e.g. max_error=0.5 a head that
+    neither fits has blocks by MeanPool, within the same sparsity.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(

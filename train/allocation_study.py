@@ -2,6 +2,7 @@
 
     python -m gossamer.train.allocation_study [--sparsity 0.8 0.9 ...] [--repeats 3] recipe=demo ...
     python -m gossamer.train.allocation_study recipe=demo --methods [--block 32 16]
+    python -m gossamer.train.allocation_study recipe=demo --out benchmarks/results/allocation.md
 
 With --methods the arms are the published methods as `attach(pipe, method=...)` gives them, nothing
 calibrated, each head with the same budget; --block is the tokens of a q and a kv block or cluster.
@@ -12,6 +13,7 @@ The data is encoded first, unless it is there.
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Iterator
 
@@ -30,6 +32,7 @@ from gossamer.train.job import Job, make_accelerator
 from gossamer.train.measures import Sample
 from gossamer.train.model import velocity
 from gossamer.train.stages import encode_stage
+from gossamer.train.study_output import Line, add_output, environment, leave
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +45,12 @@ ALLOCATIONS: dict[str, Allocation] = {
     "velocity": WaterFill(measure="velocity"),
     "velocity_exact": WaterFill(measure="velocity_exact"),
 }
+TITLE, ERROR = "Velocity error of the untrained sparse model", "relative velocity error"
 PER_LEVEL = "velocity_per_level"
 
 
 def main(arguments: list[str]) -> int:
-    """Print a Markdown table: mean and range over repeats of error and density."""
+    """Print a Markdown table, mean and range over repeats, and leave it with a plot at --out."""
     parser = argparse.ArgumentParser(prog="python -m gossamer.train.allocation_study")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95])
     parser.add_argument("--repeats", type=int, default=3)
@@ -54,6 +58,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--arms", nargs="+", choices=arms, default=arms)
     parser.add_argument("--methods", action="store_true")
     parser.add_argument("--block", type=int, nargs=2, default=[32, 16])
+    add_output(parser)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
     if options.methods:
@@ -66,7 +71,11 @@ def main(arguments: list[str]) -> int:
         for arm, sparsity, error, density in _measure(job, options):
             found.setdefault((arm, sparsity), []).append((error, density))
             sys.stderr.write(f"{arm} at {sparsity}: {error:.4f}, density {density:.4f}\n")
-    sys.stdout.write("\n".join(_table(found, options)) + "\n")
+    table = _table(found, options)
+    sys.stdout.write("\n".join(table) + "\n")
+    command = shlex.join(["python", "-m", "gossamer.train.allocation_study", *arguments])
+    header = environment(command, options.commit, job.device.type)
+    leave(options, TITLE, header, table, _lines(found, options), x="sparsity", y=ERROR)
     return 0
 
 
@@ -188,6 +197,19 @@ def _table(
             cells.append(f"{densities.mean():.4f}")
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return lines
+
+
+def _lines(
+    found: dict[tuple[str, float], list[tuple[float, float]]], options: argparse.Namespace
+) -> dict[str, dict[str, Line]]:
+    lines = {}
+    for arm in options.arms:
+        errors = [torch.tensor(found[arm, sparsity])[:, 0] for sparsity in options.sparsity]
+        low, mean, high = (
+            [float(of(x)) for x in errors] for of in (torch.amin, torch.mean, torch.amax)
+        )
+        lines[arm] = Line(options.sparsity, mean, spread=(low, high))
+    return {"untrained, held-out clips": lines}
 
 
 if __name__ == "__main__":

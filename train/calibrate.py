@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gossamer.sparse.allocation import (
     Allocation,
+    ErrorBound,
     Fixed,
     Measure,
     OneMass,
@@ -25,6 +26,7 @@ from gossamer.sparse.layouts.per_head import CLUSTERS, PerHead
 from gossamer.sparse.policies import Hybrid
 from gossamer.sparse.token_share import TokenHybrid
 from gossamer.train.calibration import Calibration
+from gossamer.train.error_bound import within_bounds
 from gossamer.train.gauge import Gauge, Measured, Outcome
 from gossamer.train.refusal import Refusal
 
@@ -66,7 +68,8 @@ class Calibrator:
         start = time.monotonic()
         found = self.budgets(allocation, sparsity=sparsity, error_budget=error_budget)
         measure, chosen = allocation.measure, dict(found.chosen)
-        curves = self.gauge.curves(measure) if measure else None
+        is_bound = isinstance(allocation, ErrorBound)
+        curves = self.gauge.curves(measure) if measure and not is_bound else None
         outcome = self.gauge.outcome(found.k, found.p, measure)
         planned = outcome.density
         if isinstance(allocation, OneMass):  # what was bisected
@@ -85,6 +88,7 @@ class Calibrator:
             p=found.p.tolist(),
             captured_mass=_rounded(outcome.mass),
             layout_choice=self.gauge.choice,
+            skip_below=_rounded(limit) if (limit := self.gauge.skip_below) is not None else [],
             measure=measure,
             error=_rounded(outcome.error) if measure else [],
             curve_densities=(curves.points / curves.num_blocks).tolist() if curves else [],
@@ -123,6 +127,9 @@ class Calibrator:
                 )
             shape = len(self.gauge.layers), self.gauge.heads
             k, p = (x.cpu().expand(shape) for x in (self.method.policy.k, self.method.policy.p))
+        elif isinstance(allocation, ErrorBound):
+            k, p = within_bounds(self.gauge, allocation, error_budget)
+            chosen |= {"l1": allocation.l1, "l2": allocation.l2}
         elif isinstance(allocation, OneMass):
             k, p = self._one_mass(allocation.k, target, error_budget)
         else:

@@ -39,6 +39,7 @@ class Calibration:
     seconds: float
     map_bound: list[list[float]] = field(default_factory=list)  # [layer]: error, probe, spread
     layout_choice: list[list[int]] = field(default_factory=list)  # place in PerHead's names
+    skip_below: list[list[float]] = field(default_factory=list)  # of a tuned second filter
     made_for: dict[str, Any] = field(default_factory=dict)  # what the masks were asked to be
     format_version: int = FORMAT_VERSION
 
@@ -82,15 +83,28 @@ class Calibration:
                 f"a calibration of the model's {len(found)} layers of {max(heads)} heads",
                 "run `gossamer calibrate` for this model",
             )
-        set_masks(model, torch.tensor(self.k), torch.tensor(self.p), self.layout_choice)
+        limit = torch.tensor(self.skip_below) if self.skip_below else None
+        k, p = torch.tensor(self.k), torch.tensor(self.p)
+        set_masks(model, k, p, self.layout_choice, limit)
 
 
-def set_masks(model: nn.Module, k: Tensor, p: Tensor, layout_choice: list[list[int]]) -> None:
-    """Set k and p [L, H] of an attached model, and each head's order where its layout has some."""
+def set_masks(
+    model: nn.Module,
+    k: Tensor,
+    p: Tensor,
+    layout_choice: list[list[int]],
+    skip_below: Tensor | None = None,
+) -> None:
+    """Set k and p [L, H] of an attached model, and each head's order where its layout has some.
+
+    `skip_below` [L, H] is the limit of compensation FilteredDrop, where it was tuned.
+    """
     for index, attention in enumerate(attentions(model).values()):
         attention.policy.set_budget(k[index], p[index])
         if layout_choice:
             attention.layout.set_choice(torch.tensor(layout_choice[index]))
+        if skip_below is not None:
+            attention.compensation.set_limit(skip_below[index])
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from gossamer.sparse.allocation import Fixed
+from gossamer.sparse.allocation import ErrorBound, Fixed
 from gossamer.sparse.attach import check_shared_sequence, family_of, method_from_spec
 from gossamer.sparse.attention import SparseMethod, check_backend
 from gossamer.sparse.layout import TokenGrid
@@ -197,7 +197,7 @@ def _check_sparsity(
 ) -> dict[str, Any]:
     spec = {n: build(cfg[n]) for n in ("layout", "estimator", "policy", "compensation")}
     method = method_from_spec({**spec, "backend": cfg.backend})
-    if not isinstance(build(cfg.allocation), Fixed):
+    if not isinstance(build(cfg.allocation), Fixed | ErrorBound):
         _refuse_drifting(method)
     num_q, num_kv = method.layout.num_blocks(grid)
     most = _most_sparsity(cfg, method, num_kv)
@@ -241,7 +241,7 @@ def _refuse_drifting(method: SparseMethod) -> None:
 
 def _most_sparsity(cfg: DictConfig, method: SparseMethod, num_blocks: int) -> float:
     """Return the sparsity left by the fewest blocks a row that the budgets can keep."""
-    if not isinstance(build(cfg.allocation), Fixed):
+    if not isinstance(build(cfg.allocation), Fixed | ErrorBound):
         return 1 - 1 / num_blocks
     return 1 - max(1 / num_blocks, float(method.policy.k[0]))
 

@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from gossamer.sparse.attach import hit_rates
 from gossamer.train import checkpoint
 from gossamer.train.calibration import CALIBRATION, weights_digest
 from gossamer.train.config import data_dir, fingerprint
@@ -198,6 +199,7 @@ def _sparse(heldout: _Heldout) -> dict[str, Any]:
         latents["teacher"] = heldout.latents("teacher", heldout.teacher)
         latents["before"] = heldout.latents("before", before)
         latents["after"] = heldout.latents("after", own) if after else latents["before"]
+    stayed = {when: hit_rates(model) for when, model in (("before", before), ("after", own))}
     samples = heldout.compared(latents)
     quality = samples["quality"]
     return {
@@ -222,6 +224,9 @@ def _sparse(heldout: _Heldout) -> dict[str, Any]:
         "layers": list(masks["after"].density),
         "density": {n: [d.tolist() for d in m.density.values()] for n, m in masks.items()},
         "recall": {n: [r.tolist() for r in m.recall.values()] for n, m in masks.items()},
+        "hit_rate": {  # of q and of k clusters along the samples, [layer][2][head]
+            n: [rate.tolist() for rate in of_layers.values()] for n, of_layers in stayed.items()
+        },
         "samples": samples
         | {
             "psnr_to_teacher": {

@@ -79,6 +79,7 @@ class Gauge:
         self._per_level = torch.tensor(counts, dtype=torch.float64)
         self._found: dict[Any, Measured] = {}
         self.choice: list[list[int]] = []  # each layer's and head's order, of a layout with orders
+        self.skip_below: Tensor | None = None  # [L, H], of a filter that was tuned
         if isinstance(method.layout, PerHead):  # clusters are what its orders are compared with
             method = replace(method, layout=method.layout.with_clusters())
         width = int(teacher.config.attention_head_dim)  # type: ignore[arg-type]
@@ -101,6 +102,23 @@ class Gauge:
         self.choice = choice
         for attention, of_layer in zip(self._sparse, choice, strict=True):
             attention.layout.set_choice(torch.tensor(of_layer))
+
+    def filter(self, skip_below: Tensor) -> None:
+        """Let the second filter of each layer and head have this limit, [L, H]."""
+        self.skip_below = skip_below
+        for attention, of_layer in zip(self._sparse, skip_below, strict=True):
+            attention.compensation.set_limit(of_layer)
+
+    def worst_error(self, k: Tensor, p: Tensor) -> Tensor:
+        """Return each head's relative L1 error under k and p [L, H] on its worst clip, [L, H]."""
+        error = self._zeros()
+
+        def visit(sample: Sample, layer: Layer) -> None:
+            mask = layer.mask(self._policy(layer, k[layer.index], p[layer.index]))
+            error[layer.index] = torch.maximum(error[layer.index], layer.error(mask).amax(0))
+
+        self._visit(visit, "relative_l1", "calibrate bound")
+        return error
 
     def curves(self, measure: Measure | None) -> Measured:
         """Measure every head's error at each of the densities, and what each budget costs."""
@@ -202,7 +220,7 @@ class Gauge:
         detach(self.teacher)
         attach(self.teacher, self.method)
         try:
-            set_masks(self.teacher, k, p, self.choice)
+            set_masks(self.teacher, k, p, self.choice, self.skip_below)
             yield
         finally:
             detach(self.teacher)

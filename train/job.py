@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from gossamer.sparse.allocation import Fixed
+from gossamer.sparse.allocation import ErrorBound, Fixed
 from gossamer.sparse.attach import attach, method_from_spec
 from gossamer.train import checkpoint, progress
 from gossamer.train.calibrate import Calibrator
@@ -241,7 +241,9 @@ class Job:
         """Return what decides a calibration, but for the model's weights."""
         spec = self.method_spec
         names = ["layout", "estimator"]
-        names += ["policy"] * isinstance(build(self.cfg.allocation), Fixed)
+        allocation = build(self.cfg.allocation)
+        names += ["policy"] * isinstance(allocation, Fixed | ErrorBound)
+        names += ["compensation"] * isinstance(allocation, ErrorBound)
         asked = OmegaConf.to_container(OmegaConf.masked_copy(self.cfg, list(ASKED)))
         assert isinstance(asked, dict)
         return {str(k): v for k, v in asked.items()} | {name: spec[name] for name in names}

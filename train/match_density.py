@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from gossamer.sparse.allocation import Fixed, OneMass
+from gossamer.sparse.allocation import ErrorBound, Fixed, OneMass
 from gossamer.sparse.attach import attentions
 from gossamer.sparse.attention import SparseAttention
 from gossamer.sparse.policies import Hybrid
@@ -31,7 +31,8 @@ def check_match(cfg: DictConfig) -> None:
     if not cfg.evaluation.match_density:
         return
     policy, allocation = build(cfg.policy), build(cfg.allocation)
-    by_p = isinstance(allocation, OneMass) or (isinstance(allocation, Fixed) and policy.p.any())
+    by_p = isinstance(allocation, OneMass | ErrorBound)
+    by_p |= isinstance(allocation, Fixed) and bool(policy.p.any())
     if type(policy) is not Hybrid or not by_p or cfg.sparsity is None:
         raise Refusal(
             "evaluation.match_density",

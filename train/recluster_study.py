@@ -1,6 +1,7 @@
 """When to cluster again: velocity error along a sampler's path against the number of clusterings.
 
     python -m gossamer.train.recluster_study recipe=demo [--steps 4 8 20] [--keep 0.0 0.2 1e9]
+    python -m gossamer.train.recluster_study recipe=demo --out benchmarks/results/reclustering.md
 
 SVG-EAR (`svg_ear` of sparse/methods.py) is attached to the dense model and follows the dense
 sampler's own states, so that errors do not add up. `every step` clusters at each step; a number is
@@ -9,6 +10,7 @@ The data is encoded first, unless it is there.
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,18 +30,20 @@ from gossamer.train.job import Job, make_accelerator
 from gossamer.train.model import velocity
 from gossamer.train.noise import shift_levels
 from gossamer.train.stages import encode_stage
+from gossamer.train.study_output import Line, add_output, environment, leave
 
 State = tuple[Tensor, Tensor, Tensor]  # x, t and the dense velocity of a step
 
 
 def main(arguments: list[str]) -> int:
-    """Print a Markdown table: share of steps that cluster, and errors, for each rule."""
+    """Print a Markdown table, clusterings and errors by rule; leave it with a plot at --out."""
     parser = argparse.ArgumentParser(prog="python -m gossamer.train.recluster_study")
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 20])
     parser.add_argument("--keep", type=float, nargs="+", default=[0.0, 0.2, 1e9])
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--clusters", type=int, nargs=2, default=[16, 60])
     parser.add_argument("--clips", type=int, default=2)
+    add_output(parser)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
     cfg = compose(options.overrides)
@@ -53,8 +57,9 @@ def main(arguments: list[str]) -> int:
     noise = noise.expand(len(clips), *noise.shape).to(job.device)
     num_q, num_kv = options.clusters
     base = method_named("svg_ear", options.sparsity)
-    sys.stdout.write("| steps | cluster again | clusterings | mean error | last error |\n")
-    sys.stdout.write("|---" * 5 + "|\n")
+    table = ["| steps | cluster again | clusterings | mean error | last error |", "|---" * 5 + "|"]
+    sys.stdout.write("\n".join(table) + "\n")
+    found: dict[str, list[float]] = {}
     with job.autocast(), torch.no_grad():
         for steps in options.steps:
             path = dense_path(model, noise, text, condition, steps, job.shift)
@@ -64,8 +69,14 @@ def main(arguments: list[str]) -> int:
                 share, errors = follow(model, own, path, text, condition)
                 rule = "every step" if keep is None else f"growth {keep:g}"
                 mean = sum(errors) / len(errors)
-                row = f"{steps} | {rule} | {share:.0%} | {mean:.4f} | {errors[-1]:.4f}"
-                sys.stdout.write(f"| {row} |\n")
+                table.append(f"| {steps} | {rule} | {share:.0%} | {mean:.4f} | {errors[-1]:.4f} |")
+                sys.stdout.write(table[-1] + "\n")
+                found.setdefault(rule, []).append(mean)
+    command = shlex.join(["python", "-m", "gossamer.train.recluster_study", *arguments])
+    header = environment(command, options.commit, job.device.type)
+    panels = {"SVG-EAR": {rule: Line(options.steps, errors) for rule, errors in found.items()}}
+    y = "mean relative velocity error"
+    leave(options, "When to cluster again", header, table, panels, x="steps of the sampler", y=y)
     return 0
 
 

@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from gossamer.benchmarks import estimators, tensors
 from gossamer.benchmarks.attention_error import TrueErrors, errors_of, rank_correlation
 from gossamer.benchmarks.estimators import by_p
+from gossamer.sparse.attention import SparseAttention
 from gossamer.sparse.compensation import Centroid, Drop
 from gossamer.sparse.error_budget import ErrorBudget
 from gossamer.sparse.estimators.error_aware import ErrorAware
 from gossamer.sparse.estimators.mean_pool import MeanPool
 from gossamer.sparse.layout import TokenGrid, permute_qkv
 from gossamer.sparse.layouts.clusters import SemanticClusters
+from gossamer.sparse.methods import method_named
 from gossamer.sparse.policies import Hybrid
 
 GRID = TokenGrid(4, 8, 8)
@@ -95,12 +97,32 @@ def test_dropped_is_worse_than_compensated_is_worse_than_error_aware():
     assert mean["aware"] < 1.3 * mean["oracle"], mean
 
 
+def test_svg1_is_measured_as_the_method_of_that_name_at_each_density(monkeypatch):
+    q = next(tensors.synthetic(torch.device("cpu"), every=2)).q[:, :, :256]
+    q = torch.nn.functional.normalize(q, dim=-1).cumsum(2)  # neighbours are alike
+    k, v = q, torch.randn(q.shape, generator=torch.Generator().manual_seed(0))
+    problem = tensors.Problem("seed 0", q, k, v, TokenGrid(8, 4, 8))
+    only = [m for m in estimators.METHODS if m.name == "SVG1 dropped"]
+    monkeypatch.setattr(estimators, "METHODS", only)
+    found = estimators.curves([problem], [0.25, 0.5])["SVG1 dropped"]
+    dense = F.scaled_dot_product_attention(q, k, v)
+    for row, density in zip(found, (0.25, 0.5), strict=True):
+        method = method_named("svg1", 1 - density, q_block=32, kv_block=16)
+        sparse = SparseAttention(method, num_heads=2)
+        change = sparse(q, k, v, problem.grid, torch.ones(1)) - dense
+        error = (change.square().sum((0, 2, 3)) / dense.square().sum((0, 2, 3))).mean().sqrt()
+        assert row["output_error"] == pytest.approx(float(error), rel=1e-3)
+        assert row["density"] == pytest.approx(float(sparse.mask.density.mean()))
+
+
 def test_one_command_writes_table_figures_and_plot(tmp_path, monkeypatch):
     whole = next(tensors.synthetic(torch.device("cpu"), every=4))
     first = [x[:, :, :256] for x in (whole.q, whole.k, whole.v)]
-    small = tensors.Problem("small", *first, TokenGrid(2, 8, 16))
-    monkeypatch.setattr(estimators, "synthetic", lambda device, every: iter([small, whole]))
-    options = ["--data", "synthetic", "--problems", "1", "--every", "4", "--densities", "0.1"]
+    small = tensors.Problem("seed 0", *first, TokenGrid(2, 8, 16))
+    other = tensors.Problem("seed 1", *(x[:, :, 256:512] for x in (whole.q, whole.k, whole.v)),
+                            TokenGrid(2, 8, 16))  # fmt: skip
+    monkeypatch.setattr(estimators, "synthetic", lambda device, every: iter([small, other, whole]))
+    options = ["--data", "synthetic", "--problems", "2", "--every", "4", "--densities", "0.1"]
     assert (
         estimators.main([*options, "--out", str(tmp_path), "--plot", str(tmp_path / "a.png")]) == 0
     )
@@ -110,5 +132,11 @@ def test_one_command_writes_table_figures_and_plot(tmp_path, monkeypatch):
     error = {name: rows[0]["output_error"] for name, rows in curves.items()}
     assert error["SVG2 dropped"] > error["SVG2 compensated"] > error["EAR E^out"]
     text = (tmp_path / "estimators.md").read_text()
-    assert f"{error['EAR E^out']:.4f}" in text and found["command"] in text
+    assert f"{error['EAR E^out']:.4f}" in text and found["header"]["command"] in text
+    one, two = curves["EAR E^out"][0]["by_problem"]
+    mean = ((one**2 + two**2) / 2) ** 0.5
+    assert error["EAR E^out"] == pytest.approx(mean) and one != two
+    assert "| method | seed 0 | seed 1 | range |" in text
+    low, high = sorted([one, two])
+    assert f"| EAR E^out | {one:.4f} | {two:.4f} | {low:.4f} to {high:.4f} |" in text
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

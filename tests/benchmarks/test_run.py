@@ -15,7 +15,6 @@ from gossamer.benchmarks.command import record
 from gossamer.benchmarks.contestants import Contestant
 from gossamer.benchmarks.run import OUT_OF_TIME, Runner, reason
 from gossamer.benchmarks.settings import PHASES, Settings
-from gossamer.benchmarks.table import environment
 from gossamer.benchmarks.timing import (
     MAX_REPEATS,
     MIN_MS,
@@ -26,6 +25,7 @@ from gossamer.benchmarks.timing import (
 )
 from gossamer.kernels.block_sparse_attention.op import block_sparse_attention
 from gossamer.kernels.blocks import Blocks
+from gossamer.train.study_output import environment
 
 TINY = Shape("2x100x16", 2, 100, 16)
 

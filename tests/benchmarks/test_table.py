@@ -1,18 +1,14 @@
 """The table: one line a row, ratios to dense attention of the same run, a reason for each gap."""
 
 import json
-import subprocess
-from pathlib import Path
 
 import pytest
 
-from gossamer.benchmarks import table
 from gossamer.benchmarks.cases import SHAPES, Case, Shape
 from gossamer.benchmarks.run import Row
 from gossamer.benchmarks.table import (
     against_uniform,
     as_json,
-    environment,
     markdown,
     ratios,
 )
@@ -102,14 +98,3 @@ def test_the_json_has_every_figure() -> None:
     assert last["phases"]["forward"]["peak_bytes"] == 3 << 29
     assert last["phases"]["backward"] == {"not_timed": "no stock kernel | here"}
     assert last["errors"] == {"out": 0.034}
-
-
-def test_the_commit_is_git_s_unless_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert environment("c", "given")["commit"] == "given"
-    monkeypatch.setattr(table, "__file__", str(tmp_path / "benchmarks" / "table.py"))
-    assert environment("c", "")["commit"] == "unknown"
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    command = ["git", "-C", str(tmp_path), *who, "commit", "-q", "--allow-empty", "-m", "x"]
-    subprocess.run(command, check=True)
-    assert len(environment("c", "")["commit"]) == 7

@@ -8,7 +8,7 @@ from gossamer.sparse.error_budget import ErrorBudget
 from gossamer.sparse.layout import BlockLayout
 from gossamer.sparse.mask import BlockScores
 from gossamer.sparse.policies import Hybrid, TrainedHybrid
-from gossamer.sparse.token_share import TokenHybrid
+from gossamer.sparse.token_share import TokenHybrid, token_prefix
 
 CASES = 1000  # heads, with scores, block sizes and budgets of their own
 FREE = {"guaranteed": 0.0}
@@ -73,6 +73,27 @@ def test_a_mask_lies_within_that_of_a_larger_budget(name):
         k = torch.full((CASES,), 0.2)
         small, large = (chosen(NESTED[name], scores, k, p) for p in (less, more))
         assert not (small & ~large).any()
+
+
+@pytest.mark.parametrize("unit", ["blocks", "tokens"])
+def test_a_block_is_lost_only_where_another_became_guaranteed(unit):
+    """In a few rows, and the lost one had been chosen by error."""
+    scores, less, more = cases(seed=1)
+    make = lambda **x: ErrorBudget(guaranteed=0.5, unit=unit, **x)  # noqa: E731
+    layouts = scores.q_layout, scores.kv_layout
+
+    def sure(k):
+        if unit == "tokens":
+            return token_prefix(scores.mass, *layouts, k / 2)
+        return hybrid_select(scores.mass, k / 2, torch.zeros_like(k))
+
+    small, large = (chosen(make, scores, k) for k in (less, more))
+    lost = small & ~large
+    is_real = (scores.q_layout.sizes[..., None] > 0) & (scores.kv_layout.sizes[:, :, None] > 0)
+    lost &= is_real
+    assert 0 < lost.any((-2, -1)).sum() < CASES / 10
+    assert not (lost & sure(less)).any()
+    assert (sure(more) & ~sure(less))[lost.any(-1)].any(-1).all()
 
 
 @pytest.mark.parametrize("unit", ["blocks", "tokens"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gossamer
-from gossamer.sparse.attach import attach, attentions, detach
+from gossamer.sparse.attach import attach, attentions, detach, hit_rates
 from gossamer.sparse.attention import SparseMethod
 from gossamer.sparse.compensation import Centroid
 from gossamer.sparse.error_budget import ErrorBudget
@@ -228,9 +228,43 @@ def test_few_step_samplers_report_hit_rates_and_cluster_again_when_the_error_gre
             for attention in attentions(pipe).values():
                 rate = attention.codebooks.hit_rate
                 assert rate.shape == (2, 1, 2) and rate.min() > 0 and rate.max() <= 1
+            rates = gossamer.hit_rates(pipe)
+            assert list(rates) == list(attentions(pipe))
     always, when_grown, never = counts
     assert always == steps * 2 * 3 and never == 2 * 3
     assert never < when_grown < always
+
+
+def test_hit_rates_are_means_over_all_warm_steps_and_the_log_says_them_at_the_end(caplog):
+    pipe, steps = stock(), {}
+    assert hit_rates(attach(pipe, method_named("svg2", 0.8, **SMALL["svg2"]))) == {}
+
+    def note(name):
+        def hook(module, args, out):
+            now = module.codebooks.hit_rate
+            if now is not None and (not steps[name] or now is not steps[name][-1]):
+                steps[name].append(now)
+
+        return hook
+
+    for name, attention in attentions(pipe).items():
+        steps[name] = []
+        attention.register_forward_hook(note(name))
+    latents(pipe, steps=4)
+    latents(pipe, prompt=1, steps=2)
+    found = hit_rates(pipe)
+    for name, seen in steps.items():
+        assert len(seen) == 2 * (3 + 1)  # branches x warm steps of both prompts
+        torch.testing.assert_close(found[name], torch.stack(seen).mean((0, 2)))
+    with caplog.at_level("INFO", logger="gossamer"):
+        detach(pipe)
+    q, k = (100 * torch.stack([*found.values()]).mean((0, 2))).tolist()
+    assert f"{q:.1f} % of q, {k:.1f} % of k tokens stayed" in caplog.text
+    caplog.clear()
+    detach(attach(pipe, method_named("sparge", 0.8, **SMALL["sparge"])))
+    assert "stayed" not in caplog.text
+    with pytest.raises(ValueError, match="call attach first"):
+        hit_rates(pipe)
 
 
 @pytest.mark.parametrize(

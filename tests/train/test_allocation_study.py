@@ -1,12 +1,14 @@
 """The study of published methods: one line each, at the density asked for, on a stock model."""
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gossamer.sparse.methods import NAMES
-from gossamer.train.allocation_study import _published, _table
+from gossamer.train.allocation_study import TITLE, _lines, _published, _table, main
 from gossamer.train.evaluate import velocities
 from gossamer.train.measures import Sample
 
@@ -31,3 +33,31 @@ def test_every_method_is_measured_and_the_model_is_left_as_it_was() -> None:
     assert torch.equal(velocities(model, [sample], "again")[0], target[0])
     table = _table({(n, s): [(e, d)] for n, s, e, d in found}, options)
     assert table[0].startswith("| method |") and len(table) == 2 + len(NAMES)
+
+
+def test_the_study_leaves_its_table_and_a_plot(
+    lab: Any, tmp_path: Path, one_thread: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "study.md"
+    flags = ["--sparsity", "0.5", "0.75", "--repeats", "2", "--arms", "uniform", "error"]
+    assert main([*lab.student(tmp_path), *flags, "--out", str(out), "--commit", "abc"]) == 0
+    text = out.read_text()
+    printed = capsys.readouterr().out
+    assert text.startswith(f"# {TITLE}\n") and text.endswith(printed)
+    assert "commit abc, date 20" in text and "--repeats 2 --arms uniform error" in text
+    uniform, error = (printed.splitlines()[i].split(" | ") for i in (2, 3))
+    assert uniform[0] == "| uniform" and error[0] == "| error"
+    for cell in (uniform[1], uniform[3], error[1], error[3]):
+        mean, low, high = (float(x.strip("()")) for x in cell.replace("to ", "").split())
+        assert 0 < low <= mean <= high < 1
+    assert float(uniform[2]) == pytest.approx(0.5, abs=0.02)
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_lines_of_the_plot_are_means_and_ranges() -> None:
+    found = {("a", 0.8): [(0.1, 0.2), (0.3, 0.2)], ("a", 0.9): [(0.5, 0.1), (0.5, 0.1)]}
+    options = argparse.Namespace(arms=["a"], sparsity=[0.8, 0.9])
+    line = next(iter(_lines(found, options).values()))["a"]
+    assert line.x == [0.8, 0.9] and line.y == pytest.approx([0.2, 0.5])
+    assert line.spread[0] == pytest.approx([0.1, 0.5])
+    assert line.spread[1] == pytest.approx([0.3, 0.5])

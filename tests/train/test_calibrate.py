@@ -265,7 +265,7 @@ def test_a_run_to_an_error_budget_trains_evaluates_and_exports(
             "null with allocation=fixed",
         ),
         ({"allocation": "velocity", "allocation.measure": "loss"}, "measure=loss: allowed is mass"),
-        ({"allocation": "best"}, "allocation=best: allowed is error, fixed, mass"),
+        ({"allocation": "best"}, "allocation=best: allowed is error, error_bound, fixed, mass"),
     ],
 )
 def test_a_wrong_knob_is_refused_in_one_line(

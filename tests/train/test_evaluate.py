@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gossamer.sparse.attach import attentions
+from gossamer.sparse.layouts.clusters import SemanticClusters
 from gossamer.train.evaluate import (
     decode,
     evenly,
@@ -26,6 +27,7 @@ from gossamer.train.job import run
 from gossamer.train.measures import Sample
 
 LEVELS = [0.7, 0.3]
+LABELS = ("q_labels", "k_labels")
 
 
 def samples_of(job: Any, clips: int = 3, batch_size: int = 2) -> list[Sample]:
@@ -175,6 +177,42 @@ def test_a_sparse_run_reports_its_errors_and_its_sparsity(
         assert sparsity[f"measured_{when}"] == pytest.approx(1 - densities.mean())
         assert abs(sparsity[f"measured_{when}"] - 0.6) < 0.1
         assert (np.array(result["recall"][when]) < 1).all()
+
+
+def test_the_hit_rate_of_codebooks_is_counted_along_the_samples(
+    make_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two layers take turns; only a sampler's second and third step go on from the step before."""
+    job = make_job(
+        layout="semantic_clusters",
+        layout__block=None,
+        layout__num_q=8,
+        layout__num_kv=16,
+        estimator="error_aware",
+        policy="error_budget",
+        policy__unit="tokens",
+        calibration__path=None,
+        evaluation__sample_steps=3,
+        stages=["calibrate", "evaluate"],
+    )
+    stayed = []
+    cluster = SemanticClusters.cluster
+
+    def counted(*arguments: Any) -> Any:
+        found, before = cluster(*arguments), arguments[-1]
+        if before is not None:
+            pairs = (getattr(found.codebook, n) == getattr(before, n) for n in LABELS)
+            stayed.append([pair.double().mean((0, 2)).tolist() for pair in pairs])
+        return found
+
+    monkeypatch.setattr(SemanticClusters, "cluster", counted)
+    run(job.cfg, ["calibrate", "evaluate"])
+    result = json.loads((job.run_dir / "evaluation" / "evaluation.json").read_text())
+    assert np.array(stayed).shape == (4, 2, 2)  # steps x layers, sides, heads
+    expected = np.array(stayed).reshape(2, 2, 2, 2).mean(0)
+    assert 0 < expected.min() < 1
+    for when in ("before", "after"):
+        np.testing.assert_allclose(result["hit_rate"][when], expected, rtol=1e-6)
 
 
 def test_a_dense_run_reports_the_flow_matching_loss(

@@ -234,6 +234,17 @@ def test_a_report_with_repeats_shows_every_section_and_the_right_numbers(tmp_pat
     }
 
 
+def test_hit_rates_of_codebooks_are_told_where_there_are_clusters(tmp_path: Path) -> None:
+    rates = [[[0.5, 0.7], [0.9, 1.0]], [[0.25, 0.75], [0.8, 0.9]]]  # [layer][q, k][head]
+    evaluation = sparse_evaluation(hit_rate={"before": rates, "after": []})
+    page = report(write_run(tmp_path / "run", evaluation)).read_text()
+    cells = re.findall(r"<tr><th scope=\"row\">before</th>(.*?)</tr>", page)
+    assert "<td>q</td><td>55.0 %</td><td>25.0 %</td>" in cells
+    assert "<td>k</td><td>90.0 %</td><td>80.0 %</td>" in cells
+    without = write_run(tmp_path / "without", sparse_evaluation(hit_rate={"before": []}))
+    assert "Hit rate" in page and "Hit rate" not in report(without).read_text()
+
+
 def test_the_loss_has_one_line_a_seed_in_the_order_of_numbers(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", sparse_evaluation(), repeats=(10, 2))
     assert list(Run.read(run).curves) == ["seed 0", "seed 2", "seed 10"]

@@ -70,6 +70,9 @@ def _budgets(found: Calibration) -> Iterator[str]:
     if chosen["is_fixed"]:
         yield f"k {k[0]:.4g}, p {p[0]:.4g} for all heads: the policy's own (allocation=fixed)"
         return
+    if "l1" in chosen:
+        yield from _bounds(found)
+        return
     if found.measure is None:
         why = "the same for all heads (allocation=uniform)"
     else:
@@ -90,6 +93,22 @@ def _budgets(found: Calibration) -> Iterator[str]:
             f"{chosen['level_ratio']:.2f}; one budget serves all levels, since budgets of each "
             "level alone gained nothing"
         )
+
+
+def _bounds(found: Calibration) -> Iterator[str]:
+    k, p = ([x for heads in of for x in heads] for of in (found.k, found.p))
+    yield (
+        f"p: {min(p):.4g} to {max(p):.4g}, the least of each head whose relative L1 error is at "
+        f"most {found.chosen['l1']:g} on every calibration clip (allocation.l1); k {k[0]:.4g}, the "
+        "policy's own (policy.k)"
+    )
+    if found.skip_below:
+        limits = [x for heads in found.skip_below for x in heads]
+        yield (
+            f"skip_below: {min(limits):.4g} to {max(limits):.4g}, the highest of each head that "
+            f"keeps that error within {found.chosen['l2']:g} (allocation.l2)"
+        )
+    yield "the sparsity is what comes of it: raise the bounds for more"
 
 
 def _outcome(found: Calibration) -> Iterator[str]:

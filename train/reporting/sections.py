@@ -13,6 +13,7 @@ import numpy as np
 from gossamer.train.calibration import SQUARED
 from gossamer.train.reporting import maps, page, plots, strips, theme
 from gossamer.train.reporting.calibration import ERRORS
+from gossamer.train.reporting.errors import percent
 from gossamer.train.reporting.page import Html
 from gossamer.train.reporting.run import Array, Run
 
@@ -51,7 +52,8 @@ def training(run: Run) -> Html:
 def masks(run: Run) -> Html:
     """Return budgets, densities and captured attention mass of each layer and head."""
     title = "Masks: what each head keeps"
-    parts = [*_budget_maps(run), *_measured_maps(run), *_moved(run), *_mass_per_noise_level(run)]
+    parts = [*_budget_maps(run), *_measured_maps(run), *_hit_rates(run), *_moved(run)]
+    parts += _mass_per_noise_level(run)
     if not parts:
         return _absent(title, "Neither calibration nor mask measurements are in this run.")
     return page.section(title, *parts)
@@ -169,6 +171,25 @@ def _measured_maps(run: Run) -> list[Html]:
         shown = _head_maps(run, f"{field}.png", panels, names, "share")
         parts += [page.heading(title), page.paragraph(text), shown]
     return parts
+
+
+def _hit_rates(run: Run) -> list[Html]:
+    """Return how many tokens stayed in their cluster along the samples; empty without any."""
+    found = run.evaluation.get("hit_rate") or {}
+    rows = [
+        (when, side, percent(float(rate.mean())), percent(float(rate.min())))
+        for when, of_layers in found.items()
+        if of_layers
+        for side, rate in zip("qk", np.asarray(of_layers).swapaxes(0, 1), strict=True)
+    ]
+    if not rows:
+        return []
+    text = (
+        "Share of tokens that stayed in their cluster when a step of a sample clustered them from "
+        "the step before."
+    )
+    titles = ("training", "tokens of", "mean of heads", "lowest head")
+    return [page.heading("Hit rate of the codebooks"), page.table(titles, rows, text)]
 
 
 def _moved(run: Run) -> list[Html]:
