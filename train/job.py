@@ -324,13 +324,13 @@ class Job:
         """Return the student of a seed at its newest checkpoint (EMA weights if kept), in eval."""
         newest = self.newest_checkpoint(seed)
         self.log("taking the student of %s", newest)
-        tensors, state = checkpoint.load(newest)
+        tensors, state = checkpoint.read(newest)
         model = self.student(seed)
         check_base(model, state.get("base"), newest)
         progress.load_student(model, tensors["model"], newest)
         for name, parameter in model.named_parameters():
             if name in tensors.get("ema", {}):
-                parameter.data.copy_(tensors["ema"][name])
+                parameter.data.copy_(tensors["ema"][name][...])
         return model.requires_grad_(False).eval()
 
     def autocast(self) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from gossamer.train.health import WINDOW, Health, tell
 from gossamer.train.interrupt import Stop, stoppable
 from gossamer.train.optimizers import AdamW, Numbers
 from gossamer.train.parallel import Parallel
-from gossamer.train.processes import agreed, averaged
+from gossamer.train.processes import accepted, averaged
 from gossamer.train.progress import Progress, parameter_groups
 from gossamer.train.refusal import DiskFailed, Refusal
 from gossamer.train.trackers import MetricsLog, Tracker
@@ -109,9 +110,9 @@ def train(
     )
     if settings.ema:
         progress.start_ema()
-    newest = checkpoint.latest(checkpoints)
+    newest = checkpoint.latest(checkpoints, parallel.together)
     if newest is not None:
-        progress.restore(newest)
+        accepted(partial(progress.restore, newest), parallel.together)
         if settings.ema and not progress.ema:
             progress.start_ema()
         log.info("resumed from %s at step %d of %d", newest, progress.step, settings.steps)
@@ -166,13 +167,12 @@ def train(
             last = is_last or stop.agreed is not None
             due = due or progress.step % settings.checkpoint_every == 0
             if (due and progress.health.is_well) or last:
-                saved, due = True, False
-                groups = progress.tensors(keep=rows is not None)
+                due = False
                 if rows is not None:
                     rows.sync()
-                    written = progress.save(checkpoints, settings.keep_checkpoints, groups)
-                    saved = written is not None
-                failed_saves = 0 if agreed(saved, accelerator) else failed_saves + 1
+                kept = settings.keep_checkpoints
+                saved = progress.save(checkpoints, kept, parallel.together)
+                failed_saves = 0 if saved else failed_saves + 1
                 if failed_saves >= MAX_FAILED_SAVES or (failed_saves and last):
                     raise DiskFailed(
                         "checkpoints", checkpoints, "a disk that takes them", "free some space"

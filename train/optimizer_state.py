@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gossamer.train.refusal import Refusal
 from gossamer.train.sharded import shared_like
+from gossamer.train.tensor_files import Source
 
 _WAYS = ("foreach", "fused")
 
@@ -43,7 +44,7 @@ def optimizer_tensors(
 def load_optimizer(
     optimizer: torch.optim.Optimizer,
     named_params: NamedParams,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Source],
     state: Mapping[str, Any],
 ) -> None:
     """Restore bit for bit what `optimizer_tensors` gave; Refusal if parameters or optimizer differ.
@@ -79,7 +80,7 @@ def load_optimizer(
         name, _, field = key.rpartition("/")
         # torch counts steps on the host unless the update itself runs without it.
         on_host = field == "step" and name not in on_device
-        own = tensor.clone() if on_host else shared_like(tensor, params[name])
+        own = tensor[...].clone() if on_host else shared_like(tensor, params[name])
         optimizer.state[params[name]][field] = own
     for name, fields in state["scalars"].items():
         optimizer.state[params[name]].update(fields)

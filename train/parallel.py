@@ -23,6 +23,7 @@ from gossamer.sparse.attach import share_sequence
 from gossamer.sparse.sequence import SequenceParallel
 from gossamer.train.launch import Launch
 from gossamer.train.model import blocks_of
+from gossamer.train.processes import Together
 from gossamer.train.refusal import Refusal
 from gossamer.train.sharded import local, norm_of
 
@@ -40,6 +41,7 @@ class Parallel:
         check_sequence(sequence_parallel, accelerator.num_processes)
         self.accelerator, self._reshard = accelerator, launch.reshard
         self.mesh = _mesh(launch, accelerator.device.type)
+        self.together = Together(accelerator.process_index, accelerator.num_processes, launch.shard)
         self.sequence = _sequence(accelerator, sequence_parallel)
 
     @property

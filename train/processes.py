@@ -2,6 +2,8 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -9,6 +11,44 @@ from accelerate.utils import broadcast, gather_object
 
 from gossamer.train.cli import REFUSED
 from gossamer.train.refusal import Refusal
+
+
+@dataclass(frozen=True)
+class Together:
+    """The processes of a checkpoint: the first `writers` of them have all of its tensors."""
+
+    rank: int = 0
+    processes: int = 1
+    writers: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def writes(self) -> bool:
+        return self.rank < self.writers
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value of each process; waits for all."""
+        return gather_object([value]) if self.processes > 1 else [value]
+
+
+ALONE = Together()
+
+
+def accepted(work: Callable[[], None], together: Together) -> None:
+    """Do work in each process; a refusal in any ends all, and the first that has one says why."""
+    refusal = None
+    try:
+        work()
+    except Refusal as error:
+        refusal = error
+    refused = together.gather(refusal is not None)
+    if refusal is not None and not any(refused[: together.rank]):
+        raise refusal
+    if any(refused):
+        raise SystemExit(REFUSED)
 
 
 def agreed(value: bool, accelerator: Accelerator) -> bool:

@@ -1,6 +1,7 @@
 """The student in training with all that a checkpoint restores."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from gossamer.train.health import Health
 from gossamer.train.lora import base_of, check_base, trained_state
 from gossamer.train.optimizer_state import load_optimizer, optimizer_tensors
 from gossamer.train.optimizers import Numbers
+from gossamer.train.processes import ALONE, Together
 from gossamer.train.refusal import Refusal
-from gossamer.train.sharded import Groups, gathered, local, shared_like
+from gossamer.train.sharded import local, own_parts, own_rows, shared_like
+from gossamer.train.tensor_files import Source
 
 log = logging.getLogger(__name__)
 
@@ -47,17 +50,13 @@ class Progress:
         trained = [local(parameters[name]) for name in self.ema]
         torch._foreach_lerp_(list(map(local, self.ema.values())), trained, 1 - decay)
 
-    def tensors(self, *, keep: bool) -> Groups:
-        """Return what a checkpoint holds, where `keep`; all processes call it."""
-        optimizer, _ = optimizer_tensors(self.optimizer, self.named_parameters())
-        groups = {"model": trained_state(self.student), "optimizer": optimizer}
+    def save(self, folder: Path, keep: int, together: Together = ALONE) -> Path | None:
+        """Write a checkpoint; all processes call it. None in all when the disk refused it."""
+        tensors, optimizer = optimizer_tensors(self.optimizer, self.named_parameters())
+        groups = {"model": trained_state(self.student), "optimizer": tensors}
         if self.ema:
             groups["ema"] = self.ema
-        return gathered(groups, keep=keep)
-
-    def save(self, folder: Path, keep: int, groups: Groups) -> Path | None:
-        """Write a checkpoint of `tensors`; None when the disk refused it."""
-        _, optimizer = optimizer_tensors(self.optimizer, self.named_parameters())
+        own = {name: own_parts(flat, others=together.is_first) for name, flat in groups.items()}
         state = {
             "step": self.step,
             "optimizer": optimizer,
@@ -65,23 +64,33 @@ class Progress:
             "health": self.health.state,
             "base": base_of(self.student),
         }
-        return checkpoint.save(folder, self.step, tensors=groups, state=state, keep=keep)
+        return checkpoint.save(
+            folder,
+            self.step,
+            tensors=own if together.writes else {},
+            state=state,
+            keep=keep,
+            together=together,
+        )
 
     def restore(self, path: Path) -> None:
-        tensors, state = checkpoint.load(path)
+        """Take the state of a checkpoint, reading only what this process has of it."""
+        tensors, state = checkpoint.read(path)
         check_base(self.student, state.get("base"), path)
         load_student(self.student, tensors["model"], path)
         load_optimizer(
             self.optimizer, self.named_parameters(), tensors["optimizer"], state["optimizer"]
         )
-        own, ema = self.named_parameters(), tensors.get("ema", {})
-        self.ema = {name: shared_like(tensor, own[name]) for name, tensor in ema.items()}
+        self.ema, own = {}, self.named_parameters()
+        for name, tensor in tensors.get("ema", {}).items():
+            self.ema[name] = shared_like(tensor, own[name])
         self.controller.load_state(state["density"])
         self.health.load_state(state.get("health", self.health.state))
         self.step = state["step"]
 
 
-def load_student(student: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+@torch.no_grad()
+def load_student(student: nn.Module, state: Mapping[str, Source], path: Path) -> None:
     """Load a checkpoint's student; the mask budgets (its buffers) stay those of the calibration.
 
     Refusal with the first odd keys when the checkpoint is of another model.
@@ -96,11 +105,11 @@ def load_student(student: nn.Module, state: dict[str, Tensor], path: Path) -> No
             f"a checkpoint of this model ({len(odd)} tensors differ: {', '.join(odd[:5])})",
             "use the recipe and model that wrote it, or another run name",
         )
-    budgets = {name: own[name] for name, _ in student.named_buffers() if name in own}
-    if any(not torch.equal(tensor.cpu(), state[name]) for name, tensor in budgets.items()):
+    budgets = {name for name, _ in student.named_buffers() if name in own}
+    if any(not torch.equal(own[name].cpu(), state[name][...]) for name in budgets):
         log.warning("%s was trained with other mask budgets than the calibration's", path)
-    loaded = {name: shared_like(tensor, own[name]) for name, tensor in state.items()}
-    student.load_state_dict({**loaded, **budgets}, strict=False)  # keys were compared above
+    for name in own.keys() - budgets:
+        local(own[name]).copy_(own_rows(state[name], own[name]))
 
 
 def parameter_groups(student: nn.Module, settings: Numbers) -> list[dict[str, Any]]:

@@ -1,13 +1,13 @@
-"""Tensors that are shared out among processes (DTensor) as whole ones, and back."""
+"""Tensors that are shared out among processes (DTensor): their shares, and the whole."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial
 
-Groups = dict[str, dict[str, Tensor]]
+from gossamer.train.tensor_files import Rows, Source
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -15,29 +15,49 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(groups: Mapping[str, Mapping[str, Tensor]], *, keep: bool) -> Groups:
-    """Return groups of tensors with the shared-out ones whole, on the CPU.
-
-    All processes call it; it is empty where `keep` is False.
-    """
-    found: Groups = {group: {} for group in groups}
-    for group, tensors in groups.items():
-        for name, tensor in tensors.items():
-            together = whole(tensor.detach())
-            if keep:
-                found[group][name] = together.cpu()
+def own_parts(tensors: Mapping[str, Tensor], *, others: bool) -> dict[str, Tensor | Rows]:
+    """Return this process's rows of shared-out tensors, and the others if they are its to keep."""
+    found: dict[str, Tensor | Rows] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            if others:
+                found[name] = tensor
+        elif (own := tensor.to_local()).numel():
+            found[name] = Rows(own, _first_row(tensor), tensor.shape[0])
     return found
 
 
-def shared_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a copy of a whole tensor on the device of `like`: this process's share, if so shaped.
+def own_rows(source: Source, like: Tensor) -> Tensor:
+    """Return what this process has of a tensor that is shared out like another, if so shaped."""
+    if isinstance(like, DTensor) and source.shape == like.shape:
+        first = _first_row(like)
+        return source[first : first + like.to_local().shape[0]]
+    return source[...]
 
-    Nothing is sent: every process has the whole tensor.
+
+def shared_like(source: Source, like: Tensor) -> Tensor:
+    """Return a copy of a tensor on the device of `like`: this process's share, if so shaped.
+
+    Nothing is sent: every process can read the whole tensor.
     """
-    if isinstance(like, DTensor) and tensor.shape == like.shape:
-        local = tensor.to(like.to_local().device)
-        return distribute_tensor(local, like.device_mesh, like.placements, src_data_rank=None)
-    return tensor.to(like.device, copy=True)
+    own = own_rows(source, like).to(local(like).device, copy=True)
+    if not (isinstance(like, DTensor) and source.shape == like.shape):
+        return own
+    return DTensor.from_local(
+        own,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def _first_row(tensor: DTensor) -> int:
+    """Return where this process's rows begin: FSDP gives each equally many, the last ones less."""
+    (dim,) = (i for i, placement in enumerate(tensor.placements) if placement.is_shard(0))
+    part = -(-tensor.shape[0] // tensor.device_mesh.size(dim))
+    return min(tensor.device_mesh.get_local_rank(dim) * part, tensor.shape[0])
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -93,23 +93,23 @@ def small_files() -> None:
     """No file can grow past 20 kB, as on a disk that is full once the first step is saved."""
     write, calls = checkpoint._write, iter(range(1, 10**9))
 
-    def limited(*args: Any) -> None:
+    def limited(*args: Any) -> Any:
         if next(calls) > 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        write(*args)
+        return write(*args)
 
     checkpoint._write = limited  # type: ignore[assignment]
 
 
 def read_only_after_a_save() -> None:
-    save_file, calls = checkpoint.save_file, iter(range(1, 10**9))
+    write, calls = checkpoint.write, iter(range(1, 10**9))
 
-    def refused(*args: Any) -> None:
+    def refused(*args: Any) -> Any:
         if next(calls) > 3:
             raise OSError(errno.EROFS, "Read-only file system")
-        save_file(*args)
+        return write(*args)
 
-    checkpoint.save_file = refused
+    checkpoint.write = refused
 
 
 def failed_saves_pass_for_good() -> None:

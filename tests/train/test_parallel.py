@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+
+from gossamer.train import checkpoint
 
 pytestmark = pytest.mark.multi
 
@@ -32,8 +33,9 @@ def assert_same(run: Any, unbroken: Any) -> None:
     mine, theirs = np.array(run.losses), np.array(unbroken.losses)
     assert mine.shape == theirs.shape
     np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=0)
-    for file in ("model", "ema", "optimizer"):
-        ours, single = (load_file(r.newest / f"{file}.safetensors") for r in (run, unbroken))
+    mine, theirs = (checkpoint.load(r.newest)[0] for r in (run, unbroken))
+    for group in ("model", "ema", "optimizer"):
+        ours, single = mine[group], theirs[group]
         assert ours.keys() == single.keys()
         for name in ours:
             assert ours[name].shape == single[name].shape
