@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from types import EllipsisType
 from typing import Any, Protocol
@@ -60,13 +59,15 @@ def write(path: Path, tensors: Mapping[str, Tensor | Rows]) -> dict[str, Any]:
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
-    digest, size = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        for data in chain((len(text).to_bytes(8, "little"), text), map(_bytes, ordered)):
-            file.write(data)
+
+        def put(data: Any) -> int:
             digest.update(data)
-            size += len(data)
+            return file.write(data)
+
+        size = put(len(text).to_bytes(8, "little")) + put(text)
+        size += sum(put(_bytes(tensor)) for tensor in ordered)
         file.flush()
         os.fsync(file.fileno())
     return {"sha256": digest.hexdigest(), "size": size}
