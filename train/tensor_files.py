@@ -43,11 +43,12 @@ def write(path: Path, tensors: Mapping[str, Tensor | Rows]) -> dict[str, Any]:
     The bytes are on disk when it returns. It holds a copy of one tensor at a time, where
     safetensors' own needs all of them in the memory of the host.
     """
-    rows = {n: [p.first, p.total] for n, p in tensors.items() if isinstance(p, Rows)}
     plain = {n: p.tensor if isinstance(p, Rows) else p for n, p in tensors.items()}
     # Large types first, as safetensors does: each tensor then starts at a multiple of its type.
     names = sorted(plain, key=lambda name: (-plain[name].element_size(), name))
     ordered = [plain[name] for name in names]
+    parts = ((name, tensors[name]) for name in names)
+    rows = {name: [p.first, p.total] for name, p in parts if isinstance(p, Rows)}
     header: dict[str, Any] = {"__metadata__": {ROWS: json.dumps(rows)}} if rows else {}
     end = 0
     for name, tensor in zip(names, ordered, strict=True):

@@ -3,9 +3,10 @@
 import errno
 import os
 import resource
+import signal
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -110,6 +111,45 @@ def read_only_after_a_save() -> None:
         return write(*args)
 
     checkpoint.write = refused
+
+
+def in_write_of_process_1(number: int, act: Callable[[], None]) -> None:
+    """Act in the middle of the `number`-th file of a checkpoint that process 1 writes."""
+    write, calls = checkpoint.write, iter(range(1, 10**9))
+
+    def changed(path: Any, tensors: Any) -> Any:
+        if rank() == 1 and next(calls) == number:
+            path.write_bytes(b"half")
+            act()
+        return write(path, tensors)
+
+    checkpoint.write = changed
+
+
+def process_1_dies_in_its_third_save() -> None:
+    in_write_of_process_1(8, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def disk_of_process_1_is_full_once() -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    in_write_of_process_1(2, full)
+
+
+def only_its_own_disk_counts() -> None:
+    """Process 1 alone sees its failure: the first one publishes what is not all there."""
+    disk_of_process_1_is_full_once()
+    done = checkpoint._do
+
+    def hidden(work: Any, *args: Any, **kwargs: Any) -> Any:
+        def silent() -> Any:
+            with suppress(OSError):
+                return work()
+
+        return done(silent, *args, **kwargs)
+
+    checkpoint._do = hidden
 
 
 def failed_saves_pass_for_good() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 import gossamer
 from gossamer.train import checkpoint
+from gossamer.train.refusal import Refusal
 
 ROOT = Path(gossamer.__file__).parents[1]
 pytestmark = pytest.mark.multi
@@ -74,6 +75,51 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_bit_for_bit(
         assert [one.code for one in done] == [0, 0], done[0].text + done[1].text
         assert lab.run(runs).losses == unbroken.losses
         assert lab.run(runs).weights == unbroken.weights
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+SAVING = {**SETTINGS, "steps": 6, "checkpoint_every": 1}
+
+
+@pytest.mark.case("F2", "F3", "F4", "R1")
+def test_a_sharded_run_survives_a_kill_a_flipped_bit_and_a_full_disk_of_process_1(
+    lab: Any, launcher: Any, injection: Any, tmp_path: Path
+) -> None:
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    overrides, checkpoints = lab.student(broken, **SAVING), broken / "student" / "checkpoints"
+    inject = injection("process_1_dies_in_its_third_save")
+    jobs = launcher.start_ranks(overrides, launch=FSDP, inject=inject)
+    first, second = all_end(jobs)
+    assert first.code and second.code == -signal.SIGKILL
+    assert {p.name for p in checkpoints.iterdir()} == {"step-1", "step-2", ".step-3.tmp"}
+    shard = checkpoints / "step-2" / "ema-00002-of-00002.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    inject = injection("disk_of_process_1_is_full_once")
+    done = launcher.ranks(overrides, launch=FSDP, inject=inject)
+    assert [one.code for one in done] == [0, 0], done[0].text + done[1].text
+    assert f"step-2 is damaged ({shard.name})" in done[0].text
+    assert "at step 1 of 6" in done[0].text
+    said = "step-2 not saved, the older ones stay: process 1: [Errno 28] No space left"
+    assert done[0].text.count("not saved") == 1 and said in done[0].text
+    done = launcher.ranks(lab.student(whole, **SAVING), launch=FSDP)
+    assert [one.code for one in done] == [0, 0]
+    assert lab.run(broken).losses == lab.run(whole).losses
+    assert lab.run(broken).weights == lab.run(whole).weights
+
+
+@pytest.mark.case("F3", control=True)
+def test_a_full_disk_that_process_1_keeps_to_itself_is_noticed(
+    lab: Any, launcher: Any, injection: Any, tmp_path: Path
+) -> None:
+    inject = injection("only_its_own_disk_counts")
+    overrides = lab.student(tmp_path, **{**SAVING, "steps": 1})
+    first, _ = launcher.ranks(overrides, launch=FSDP, inject=inject)
+    checkpoints = tmp_path / "student" / "checkpoints"
+    assert first.code == 0 and (checkpoints / "step-1").is_dir()
+    with pytest.raises(Refusal, match="rows once"):
+        checkpoint.load(checkpoints / "step-1")
 
 
 @pytest.mark.case("R1")

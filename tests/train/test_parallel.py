@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from gossamer.train import checkpoint
 
@@ -40,6 +41,25 @@ def assert_same(run: Any, unbroken: Any) -> None:
         for name in ours:
             assert ours[name].shape == single[name].shape
             assert float((ours[name] - single[name]).abs().max()) < 1e-4, name
+
+
+def assert_shared_out(path: Path, writers: int) -> None:
+    """Require a file of each writer for each group, none with the whole of a shared matrix."""
+    files = sorted(file.name for file in path.glob("model-*"))
+    ends = [f"-0000{n + 1}-of-0000{writers}.safetensors" for n in range(writers)]
+    assert files == [f"model{end}" for end in ends]
+    assert len(list(path.glob("*.safetensors"))) == 3 * writers
+    whole = checkpoint.load(path)[0]
+    for group in ("model", "ema", "optimizer"):
+        shares = [load_file(path / f"{group}{end}") for end in ends]
+        shared = {name for share in shares[1:] for name in share}
+        assert [name for name in shared if ".to_q." in name] and shared <= shares[0].keys()
+        for name in shared:
+            rows = [len(share[name]) for share in shares if name in share]
+            total = len(whole[group][name])
+            assert sum(rows) == total and max(rows) == -(-total // writers) < total
+        matrices = {n for n, t in whole[group].items() if t.ndim == 2 and n.endswith(".weight")}
+        assert matrices <= shared
 
 
 @pytest.mark.parametrize("script", ["sequence_ranks.py", "sharded_ranks.py"])
@@ -80,17 +100,25 @@ def test_processes_that_share_each_clip_give_the_run_of_one(
     assert_same(lab.run(tmp_path), unbroken)
 
 
-def test_a_sharded_run_goes_on_in_one_process_and_back(
-    unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
+def test_a_sharded_run_goes_on_in_one_process_in_three_and_in_two(
+    lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
-    overrides = lab.student(tmp_path, **{**SETTINGS, "checkpoint_every": 2})
-    killed, left = launcher.ranks(overrides, launch=FSDP, fault=(1, "after-rename"))
+    settings = {**SETTINGS, "checkpoint_every": 2, "batch_size": 6}
+    alone, runs = tmp_path / "alone", tmp_path / "shared"
+    assert launcher.run(lab.student(alone, **settings)).code == 0
+    overrides, fault = lab.student(runs, **settings), (1, "after-rename")
+    killed, left = launcher.ranks(overrides, launch=FSDP, fault=fault)
     assert killed.code == -9 and left.code != 0
-    alone = launcher.run(overrides, fault=(1, "after-rename"))
-    assert alone.code == -9 and "at step 2 of 8" in alone.text
+    assert_shared_out(lab.run(runs).newest, 2)
+    killed = launcher.run(overrides, fault=fault)
+    assert killed.code == -9 and "at step 2 of 8" in killed.text
+    killed, *others = launcher.ranks(overrides, launch=FSDP, processes=3, fault=fault)
+    assert killed.code == -9 and all(one.code for one in others), killed.text
+    assert "at step 4 of 8" in killed.text
+    assert_shared_out(lab.run(runs).newest, 3)
     done = launcher.ranks(overrides, launch=FSDP)
-    assert [one.code for one in done] == [0, 0] and "at step 4 of 8" in done[0].text
-    assert_same(lab.run(tmp_path), unbroken)
+    assert [one.code for one in done] == [0, 0] and "at step 6 of 8" in done[0].text
+    assert_same(lab.run(runs), lab.run(alone))
 
 
 def test_adapters_and_a_shared_teacher_in_shards_give_the_run_of_one(
@@ -113,6 +141,7 @@ def test_two_copies_of_two_shards_that_share_clips_give_the_run_of_one(
     done = launcher.ranks(overrides, launch=HSDP, processes=4)
     assert [one.code for one in done] == [0] * 4, done[0].text
     assert_same(lab.run(tmp_path), unbroken)
+    assert_shared_out(lab.run(tmp_path).newest, 2)
 
 
 def test_a_launch_that_is_refused_ends_all_processes_before_any_work(

@@ -47,6 +47,12 @@ def test_safetensors_reads_what_is_written_bit_for_bit(tmp_path: Path) -> None:
     assert stored("x", [path]) == {}
 
 
+def test_the_order_of_the_tensors_changes_no_byte(tmp_path: Path) -> None:
+    tensors = {"b": Rows(torch.ones(2), 2, 4), "a": Rows(torch.ones(1), 0, 3), "c": torch.ones(1)}
+    said = write(tmp_path / "x", tensors)
+    assert write(tmp_path / "y", dict(reversed(tensors.items()))) == said
+
+
 def in_parts(folder: Path, tensor: Tensor, cuts: list[int]) -> Any:
     """Write a tensor in parts that begin at `cuts`, last part first; return it as stored."""
     ends = [*cuts[1:], len(tensor)]
