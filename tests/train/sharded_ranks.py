@@ -1,9 +1,14 @@
 """One of two processes with shards in bf16: the forward is autocast's, gradients reduce in fp32.
 
+What it has of the weights is what it writes to a checkpoint, and all that it reads back.
+
 Run by test_parallel.py.
 """
 
+import shutil
+import tempfile
 from copy import deepcopy
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,10 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gossamer.sparse.attach import attach
+from gossamer.train import checkpoint
 from gossamer.train.launch import Launch
 from gossamer.train.model import ScratchWan, velocity
 from gossamer.train.parallel import Parallel
-from gossamer.train.sharded import AdamW, whole
+from gossamer.train.processes import Together
+from gossamer.train.sharded import AdamW, local, own_parts, shared_like, whole
+from gossamer.train.tensor_files import StoredTensor
 
 
 def loss_of(model: nn.Module, accelerator: Accelerator) -> Tensor:
@@ -25,6 +33,37 @@ def loss_of(model: nn.Module, accelerator: Accelerator) -> Tensor:
     text = torch.randn(1, 4, 16, generator=generator)
     with accelerator.autocast():
         return velocity(model, x, torch.tensor([0.9991]), text, None).square().mean()
+
+
+def check_checkpoint(sharded: nn.Module, together: Together) -> None:
+    """Write a model and read it back; count the bytes of this process."""
+    own = dict(sharded.named_parameters())
+    nbytes = sum(local(p).nbytes for p in own.values())
+    unshared = sum(p.nbytes for p in own.values() if not isinstance(p, DTensor))
+    folder = Path(together.gather(tempfile.mkdtemp())[0])
+    parts = own_parts(own, others=together.is_first)
+    path = checkpoint.save(folder, 1, tensors={"model": parts}, state={}, keep=2, together=together)
+    assert path is not None
+    written = (path / f"model-0000{together.rank + 1}-of-00002.safetensors").stat().st_size
+    expected = nbytes if together.is_first else nbytes - unshared
+    assert expected < written < expected + 256 * (len(own) + 1)  # its header
+    read, counts = StoredTensor.__getitem__, []
+
+    def counted(self: StoredTensor, rows: object) -> Tensor:
+        tensor = read(self, rows)
+        counts.append(tensor.nbytes)
+        return tensor
+
+    StoredTensor.__getitem__ = counted
+    stored = checkpoint.read(path)[0]["model"]
+    for name, parameter in own.items():
+        again = shared_like(stored[name], parameter)
+        assert torch.equal(local(again), local(parameter)), name
+        assert torch.equal(whole(again), whole(parameter)), name
+    assert sum(counts) == nbytes and len(counts) == len(own)
+    together.gather(None)  # before the first one removes what the other reads
+    if together.is_first:
+        shutil.rmtree(folder)
 
 
 def main() -> None:
@@ -71,6 +110,7 @@ def main() -> None:
         optimizer.step()
     for (name, one), other in zip(model.named_parameters(), parameters, strict=True):
         assert torch.equal(whole(other), one), name
+    check_checkpoint(sharded, parallel.together)
     accelerator.end_training()
     print("all agree")  # noqa: T201
 
