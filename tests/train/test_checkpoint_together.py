@@ -3,8 +3,9 @@
 import random
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,39 +39,64 @@ class Crash(Exception):
     pass
 
 
+class Gone(Exception):
+    pass
+
+
+class Meeting:
+    """Where threads in the place of processes gather values; fails when one of them is gone."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.is_broken = count, False
+        self.changed = threading.Condition()
+        self.rounds: dict[int, dict[int, Any]] = {}
+
+    def gather(self, number: int, rank: int, value: Any) -> list[Any]:
+        with self.changed:
+            said = self.rounds.setdefault(number, {})
+            said[rank] = value
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: len(said) == self.count or self.is_broken, 30)
+            if len(said) < self.count:
+                raise Gone
+            return [said[rank] for rank in range(self.count)]
+
+    def leave(self) -> None:
+        with self.changed:
+            self.is_broken = True
+            self.changed.notify_all()
+
+
 @dataclass(frozen=True)
 class InThread(Together):
-    """One of some threads in the place of processes."""
+    """One of the threads of a meeting."""
 
-    said: list[Any] = field(default_factory=list)
-    barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
+    meeting: Meeting = field(default_factory=lambda: Meeting(1))
+    calls: Iterator[int] = field(default_factory=count)
 
     def gather(self, value: Any) -> list[Any]:
-        self.said[self.rank] = value
-        self.barrier.wait(30)
-        found = list(self.said)
-        self.barrier.wait(30)
-        return found
+        return self.meeting.gather(next(self.calls), self.rank, value)
 
 
 def in_threads(
-    count: int, work: Callable[[Together], Any], *, writers: int | None = None
+    processes: int, work: Callable[[Together], Any], *, writers: int | None = None
 ) -> list[Any]:
-    """Do work in `count` threads; return what each returned or raised.
+    """Do work in threads; return what each returned or raised.
 
     When one crashes, those that wait for it fail, as processes do.
     """
-    said, barrier, results = [None] * count, threading.Barrier(count), [None] * count
+    results: list[Any] = [None] * processes
+    meeting = Meeting(processes)
 
     def run(rank: int) -> None:
         try:
-            results[rank] = work(InThread(rank, count, writers or count, said, barrier))
+            results[rank] = work(InThread(rank, processes, writers or processes, meeting))
         except BaseException as error:
             results[rank] = error
             if isinstance(error, Crash):
-                barrier.abort()
+                meeting.leave()
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(processes)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -132,8 +158,9 @@ def test_the_rows_of_all_are_the_checkpoint_of_one(
     assert names(tmp_path) == {"step-2", "step-3"}
     for step in (2, 3):
         assert_holds(tmp_path / f"step-{step}", step)
-    for count in (1, 2, 3):
-        assert in_threads(count, lambda t: latest(tmp_path, t)) == [tmp_path / "step-3"] * count
+    for number in (1, 2, 3):
+        found = in_threads(number, lambda t: latest(tmp_path, t))
+        assert found == [tmp_path / "step-3"] * number
     files = list((tmp_path / "step-3").glob("*.safetensors"))
     assert len(files) == 2 * writers
     if writers == 1:
@@ -170,7 +197,7 @@ def test_a_process_that_dies_at_any_point_leaves_a_whole_checkpoint(
     if point in ("during-prune", "after-prune"):
         assert ends[1 - rank] == tmp_path / "step-30"  # which all had verified
     else:
-        assert isinstance(ends[1 - rank], threading.BrokenBarrierError)
+        assert isinstance(ends[1 - rank], Gone)
     assert_holds(latest(tmp_path), at)
     assert in_threads(2, lambda t: put(tmp_path, 30, t)) == [tmp_path / "step-30"] * 2
     assert names(tmp_path) == {"step-20", "step-30"}
@@ -235,10 +262,10 @@ def test_a_shard_that_is_changed_cut_or_missing_is_seen_by_all(
                     file.write_bytes(path.read_bytes()[: chance.randrange(len(data))])
                 case "delete":
                     file.unlink()
-            for count in (1, 2, 3):
+            for readers in (1, 2, 3):
                 caplog.clear()
-                found = in_threads(count, lambda t, f=folder: latest(f, t))
-                assert found == [folder / "step-1"] * count
+                found = in_threads(readers, lambda t, f=folder: latest(f, t))
+                assert found == [folder / "step-1"] * readers
                 assert len(caplog.records) == 1 and f"is damaged ({path.name})" in caplog.text
 
 
