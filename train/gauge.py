@@ -1,16 +1,25 @@
 """What calibration measures on a dense teacher: error curves, densities, and what budgets do."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from functools import reduce
+from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from gossamer.sparse.allocation import Curves, Measure, coverage
-from gossamer.sparse.attach import attach, attentions, detach, family_of, transformer_of
+from gossamer.sparse.attach import (
+    attach,
+    attending_densely,
+    attentions,
+    detach,
+    family_of,
+    transformer_of,
+)
 from gossamer.sparse.attention import SparseAttention, SparseMethod
 from gossamer.sparse.bound import map_error
 from gossamer.sparse.layout import TokenGrid
@@ -19,6 +28,11 @@ from gossamer.sparse.policies import Hybrid
 from gossamer.train.calibration import set_masks
 from gossamer.train.measures import Layer, Sample, visit_layers
 from gossamer.train.model import velocity
+from gossamer.train.processes import shared_out
+
+Figures = tuple[Tensor, ...]
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 
 BOUND_BLOCKS = 4  # q blocks of a head that Proposition 1 is evaluated on
 
@@ -56,7 +70,8 @@ class Gauge:
     """Measures a teacher that is attached densely, and leaves it so.
 
     `densities` are shares of blocks at which errors are measured. Curves once measured are kept.
-    A measure that needs gradients holds one backward pass of the teacher in memory.
+    All processes of an accelerator call it and share the samples; each has the same figures, which
+    do not depend on how many they are.
     """
 
     def __init__(
@@ -69,15 +84,17 @@ class Gauge:
         densities: list[float],
         probes: int,
         seed: int,
+        accelerator: Accelerator | None = None,
     ) -> None:
         self.teacher, self.method, self.samples = teacher, method, samples
         self.noise_levels, self.densities = noise_levels, densities
-        self.probes, self.seed = probes, seed
+        self.probes, self.seed, self.accelerator = probes, seed, accelerator
         self.layers = list(attentions(teacher))
         self.heads = int(teacher.config.num_attention_heads)  # type: ignore[arg-type]
         counts = [sum(len(s.t) for s in samples if s.level == i) for i in range(len(noise_levels))]
         self._per_level = torch.tensor(counts, dtype=torch.float64)
         self._found: dict[Any, Measured] = {}
+        self._dense: dict[int, Tensor] = {}  # velocities of this process's samples
         self.choice: list[list[int]] = []  # each layer's and head's order, of a layout with orders
         self.skip_below: Tensor | None = None  # [L, H], of a filter that was tuned
         if isinstance(method.layout, PerHead):  # clusters are what its orders are compared with
@@ -126,94 +143,90 @@ class Gauge:
         if key in self._found:
             return self._found[key]
         by_blocks = self.method.policy.counts_blocks
-        points = density = costs = error = torch.zeros(0)
 
-        def visit(sample: Sample, layer: Layer) -> None:
-            nonlocal points, density, costs, error
+        def of_layer(sample: Sample, layer: Layer) -> Figures:
             num_blocks = layer.scores.kv_layout.num_blocks
-            if not len(points):
-                points = self._points(num_blocks)
-                density = self._zeros(num_blocks)
-                costs = self._zeros(len(points))
-                error = self._zeros(len(self.noise_levels), len(points))
+            density, costs, errors = torch.zeros(num_blocks), [], []
             if by_blocks:
                 covered = coverage(layer.scores)[1]
                 sizes = layer.scores.q_layout.sizes.double()
                 weight = (sizes / sizes.sum(-1, keepdim=True)).expand(covered.shape[:3])
-                density[layer.index] += torch.einsum("bhqk,bhq->hk", covered, weight).cpu()
-            for d, point in enumerate(points.tolist() if measure or not by_blocks else []):
+                density = torch.einsum("bhqk,bhq->hk", covered, weight)
+            for point in self._points(num_blocks).tolist():
                 mask = layer.mask(
                     self._policy(layer, torch.full((self.heads,), point / num_blocks))
                 )
-                costs[layer.index, :, d] += mask.density.cpu().sum(0)
-                if measure:
-                    error[layer.index, :, sample.level, d] += layer.error(mask).sum(0)
+                costs.append(mask.density.sum(0))
+                errors.append(layer.error(mask).sum(0) if measure else torch.zeros(self.heads))
+            return density, torch.stack(costs, -1), torch.stack(errors, -1)
 
-        self._visit(visit, measure, f"calibrate {measure or 'density'}")
-        error /= self._per_level[:, None]
-        found = density if by_blocks else _between(points, costs, density.shape[2])
-        measured = Measured(points, error, found / self._per_level.sum())
-        self._found[key] = measured
-        return measured
+        found = self._measured(of_layer, measure, f"calibrate {measure or 'density'}")
+        density, costs = (_sum(figures) for figures in found[:2])
+        points = self._points(density.shape[-1])
+        density = density if by_blocks else _between(points, costs, density.shape[-1])
+        error = self._by_level(found[2], dim=2)
+        self._found[key] = Measured(points, error, density / self._per_level.sum())
+        return self._found[key]
 
     def density(self, k: Tensor, p: Tensor | None = None) -> Tensor:
         """Return the density of each head's masks of k and p [L, H], meaned over the samples."""
-        density = self._zeros()
 
-        def visit(sample: Sample, layer: Layer) -> None:
+        def of_layer(sample: Sample, layer: Layer) -> Figures:
             of_layer = None if p is None else p[layer.index]
-            mask = layer.mask(self._policy(layer, k[layer.index], of_layer))
-            density[layer.index] += mask.density.cpu().sum(0)
+            return (layer.mask(self._policy(layer, k[layer.index], of_layer)).density.sum(0),)
 
-        self._visit(visit, None, "calibrate density")
-        return density / self._per_level.sum()
+        return _sum(self._measured(of_layer, None, "calibrate density")[0]) / self._per_level.sum()
 
     def outcome(self, k: Tensor, p: Tensor, measure: Measure | None) -> Outcome:
         """Measure the masks of k and p [L, H]."""
-        error = self._zeros(len(self.noise_levels))
-        mass, density = torch.zeros_like(error), self._zeros()
-        bound = torch.zeros(len(self.layers), len(self.noise_levels), 3, dtype=torch.float64)
+        levels = [sample.level for sample in self.samples]
+        first = [levels.index(level) for level in range(len(self.noise_levels))]
+        nothing = torch.zeros(self.heads), torch.zeros(3)
 
-        def visit(sample: Sample, layer: Layer) -> None:
+        def of_layer(sample: Sample, layer: Layer) -> Figures:
             mask = layer.mask(self._policy(layer, k[layer.index], p[layer.index]))
-            place = (layer.index, slice(None), sample.level)
-            density[layer.index] += mask.density.cpu().sum(0)
-            mass[place] += mask.captured(layer.mass).double().cpu().sum(0)
+            error, bound = nothing
             if measure is not None:
-                error[place] += layer.error(mask).sum(0)
-            if not bound[layer.index, sample.level].any():  # the first clip of each level
+                error = layer.error(mask).sum(0)
+            if any(sample is self.samples[i] for i in first):
                 found = map_error(layer.q[:1], layer.k[:1], mask.of_first(1), q_blocks=BOUND_BLOCKS)
-                terms = torch.stack([found.error, found.probe, found.spread])
-                bound[layer.index, sample.level] = terms.mean((1, 2)).cpu()
+                bound = torch.stack([found.error, found.probe, found.spread]).mean((1, 2))
+            mass = mask.captured(layer.mass).double().cpu().sum(0)
+            return mask.density.sum(0), error, mass, bound
 
-        self._visit(visit, measure, "calibrate masks")
+        density, error, mass, bound = self._measured(of_layer, measure, "calibrate masks")
         return Outcome(
-            density=density / self._per_level.sum(),
-            error=error / self._per_level,
-            mass=mass / self._per_level,
-            bound=bound.mean(1),
+            density=_sum(density) / self._per_level.sum(),
+            error=self._by_level(error, dim=2),
+            mass=self._by_level(mass, dim=2),
+            bound=torch.stack([bound[i] for i in first], 1).mean(1),
         )
 
     def sparse_error(self, k: Tensor, p: Tensor) -> Tensor:
         """Return the sparse model's relative velocity error by noise level, all heads at once."""
-        errors = torch.zeros(len(self.noise_levels), dtype=torch.float64)
-        dense = self._dense
+
+        def of_sample(numbered: tuple[int, Sample]) -> Tensor:
+            index, sample = numbered
+            if index not in self._dense:
+                with attending_densely(self.teacher):
+                    self._dense[index] = self._velocity(sample)
+            v = self._dense[index]
+            change = self._velocity(sample) - v
+            return (change.flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)).double().cpu().sum()
+
         with self._sparse_with(k, p):
-            for sample, v in zip(self.samples, dense, strict=True):
-                change = self._velocity(sample) - v
-                ratio = change.flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)
-                errors[sample.level] += ratio.double().cpu().sum()
-        return errors / self._per_level
+            return self._by_level(self._share(of_sample, enumerate(self.samples)), dim=0)
 
     def sparse_density(self, k: Tensor, p: Tensor) -> Tensor:
         """Return the density of the sparse model's own masks, [L, H], meaned over the samples."""
-        density = self._zeros()
+
+        def of_sample(sample: Sample) -> Tensor:
+            self._velocity(sample)
+            layers = attentions(self.teacher).values()
+            return torch.stack([attention.mask.density.sum(0).cpu() for attention in layers])
+
         with self._sparse_with(k, p):
-            for sample in self.samples:
-                self._velocity(sample)
-                for index, attention in enumerate(attentions(self.teacher).values()):
-                    density[index] += attention.mask.density.sum(0).cpu()
-        return density / self._per_level.sum()
+            return _sum(self._share(of_sample, self.samples)) / self._per_level.sum()
 
     @contextmanager
     def _sparse_with(self, k: Tensor, p: Tensor) -> Iterator[None]:
@@ -234,35 +247,62 @@ class Gauge:
             points = torch.cat([points, torch.tensor([1, num_blocks])])
         return points.unique()
 
-    @cached_property
-    def _dense(self) -> list[Tensor]:
-        return [self._velocity(sample) for sample in self.samples]
-
     @torch.no_grad()
     def _velocity(self, sample: Sample) -> Tensor:
         return velocity(self.teacher, sample.x, sample.t, sample.text, sample.condition)
 
-    def _visit(
-        self, visit: Callable[[Sample, Layer], None], measure: Measure | None, title: str
-    ) -> None:
-        visit_layers(
-            self.teacher,
-            self._sparse,
-            self.samples,
-            visit,
-            measure=measure,
-            probes=self.probes,
-            seed=self.seed,
-            title=title,
-        )
+    def _measured(
+        self, of_layer: Callable[[Sample, Layer], Figures], measure: Measure | None, title: str
+    ) -> list[list[Tensor]]:
+        """Return each figure that `of_layer` gives, of every sample: [L, ...] on the CPU."""
+
+        def of_sample(given: tuple[Sample, list[Tensor]]) -> Figures:
+            sample, probes = given
+            rows: list[Figures] = [()] * len(self.layers)
+
+            def visit(layer: Layer) -> None:
+                rows[layer.index] = tuple(x.cpu() for x in of_layer(sample, layer))
+
+            visit_layers(self.teacher, self._sparse, sample, visit, measure=measure, probes=probes)
+            return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+
+        drawn = zip(self.samples, self._probes(measure), strict=True)
+        return [list(of) for of in zip(*self._share(of_sample, drawn, title), strict=True)]
+
+    def _probes(self, measure: Measure | None) -> Iterator[list[Tensor]]:
+        """Yield each sample's probes, which do not depend on who takes the samples before it."""
+        generator = torch.Generator(self.samples[0].x.device).manual_seed(self.seed)
+        count = self.probes if measure == "velocity" else 0
+        for sample in self.samples:
+            yield [torch.empty_like(sample.x).normal_(generator=generator) for _ in range(count)]
+
+    def _share(
+        self, work: Callable[[Given], Result], given: Iterable[Given], title: str = ""
+    ) -> list[Result]:
+        """Return work(item) of what is given for each sample; the processes share the samples."""
+        is_shown = title and (self.accelerator is None or self.accelerator.is_main_process)
+        total = len(self.samples)
+        bar = tqdm(given, desc=title, unit="batch", total=total, disable=not is_shown)
+        return shared_out(work, bar, self.accelerator)
+
+    def _by_level(self, of_samples: list[Tensor], dim: int) -> Tensor:
+        """Return the mean by noise level, a new dimension, of sums over the clips of a sample."""
+        rows = [
+            _sum([x for x, s in zip(of_samples, self.samples, strict=True) if s.level == level])
+            / self._per_level[level]
+            for level in range(len(self.noise_levels))
+        ]
+        return torch.stack(rows, dim)
 
     def _policy(self, layer: Layer, k: Tensor, p: Tensor | None = None) -> Hybrid:
         policy = layer.attention.policy
         policy.set_budget(k, torch.zeros_like(k) if p is None else p)
         return policy
 
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(len(self.layers), self.heads, *shape, dtype=torch.float64)
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """Return the sum, from the first to the last."""
+    return reduce(torch.add, parts).double()
 
 
 def _between(points: Tensor, costs: Tensor, num_blocks: int) -> Tensor:

@@ -270,6 +270,7 @@ class Job:
                 densities=list(options.densities),
                 probes=options.probes,
                 seed=self.cfg.seed if options.seed is None else options.seed,
+                accelerator=self.accelerator,
             )
         )
 
@@ -364,7 +365,7 @@ def run(
         "export": export_stage,
         "report": report_stage,
     }
-    everyone = ("encode", "train")
+    everyone = ("encode", "calibrate", "train")
 
     def work(stage: str) -> None:
         with within_memory(job, stage):

@@ -6,15 +6,13 @@ only this head is sparse (Hutchinson), so one backward a probe serves every laye
 `velocity_exact` is the same error by one forward pass for each head and budget.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from gossamer.sparse.allocation import Measure
 from gossamer.sparse.attach import attentions, transformer_of
@@ -26,6 +24,7 @@ from gossamer.sparse.mask import BlockMask, BlockScores, keep_text
 from gossamer.sparse.policies import Hybrid
 from gossamer.train.model import velocity
 from gossamer.train.refusal import Refusal
+from gossamer.train.replay import blocks_kept, hooked, replay
 
 
 @dataclass(frozen=True)
@@ -66,82 +65,55 @@ class Layer:
         return keep_text(policy(self.scores))
 
     def error(self, mask: BlockMask) -> Tensor:
-        """Return what is lost with the mask, by head [B, H]: fp64, on the CPU."""
+        """Return what is lost with the mask, by head [B, H], fp64."""
         if self.effect is None:
-            return (1 - mask.captured(self.mass)).double().cpu()
+            return (1 - mask.captured(self.mass)).double()
         out = self.attention.attend(self.q, self.k, self.v, mask)
         change = (out - self.out).float()
-        return self.effect(self, change).double().cpu()
+        return self.effect(self, change).double()
 
 
 def visit_layers(
     teacher: nn.Module,
     sparse: list[SparseAttention],
-    samples: list[Sample],
-    visit: Callable[[Sample, Layer], None],
+    sample: Sample,
+    visit: Callable[[Layer], None],
     *,
     measure: Measure | None,
-    probes: int,
-    seed: int,
-    title: str,
-) -> list[Tensor]:
-    """Call `visit` for each sample and layer of a densely attached teacher; return velocities.
+    probes: Sequence[Tensor] = (),
+) -> None:
+    """Call `visit` for each layer of a densely attached teacher on one sample.
 
-    `sparse` is the attention of each layer that is measured in place of the dense one.
-
-    What needs neither gradients nor more forward passes is visited during the forward pass, so that
-    no more than one layer's tensors are held at a time.
+    `sparse` is the attention of each layer that is measured in place of the dense one; probes are
+    random [B, C, f, h, w] for the velocity to first order. No more than one layer's tensors are
+    held at a time: what needs neither gradients nor more forward passes is visited during the
+    forward pass, else each block is run again, the last first, and only their inputs are kept.
     """
-    waits = measure in ("fisher", "velocity", "velocity_exact")
-    generator = torch.Generator(samples[0].x.device).manual_seed(seed)
-    modules = {module: i for i, module in enumerate(attentions(teacher).values())}
-    velocities = []
-    for sample in tqdm(samples, desc=title, unit="batch"):
-        captured: dict[nn.Module, tuple[Any, ...]] = {}
+    modules = list(attentions(teacher).values())
+    if measure not in ("fisher", "velocity", "velocity_exact"):
 
-        def keep(
-            module: nn.Module,
-            args: tuple[Any, ...],
-            out: Tensor,
-            captured: dict[nn.Module, tuple[Any, ...]] = captured,
-            sample: Sample = sample,
-        ) -> None:
-            if waits:
-                captured[module] = (*args, out)
-            else:
-                layer = _layer(modules[module], sparse, (*args, out))
-                layer.effect = _effect_now(measure, teacher, layer.index)
-                visit(sample, layer)
+        def now(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            layer = _layer(modules.index(module), sparse, (*args, out))
+            layer.effect = _effect_now(measure, teacher, layer.index)
+            visit(layer)
 
-        with_graph = measure in ("fisher", "velocity")
-        with _hooked(modules, keep), torch.set_grad_enabled(with_graph):
-            # x is the root that gives every layer a graph
-            root = sample.x.detach().requires_grad_(with_graph)
-            v = velocity(teacher, root, sample.t, sample.text, sample.condition)
-        outs = [call[-1] for call in captured.values()]
-        if with_graph:
-            gradients = list(_gradients(measure, v, sample, outs, probes, generator))
-        for module, call in captured.items():
-            layer = _layer(modules[module], sparse, call)
-            if with_graph:
-                order = layer.scores.q_layout
-                own = [order.permute(g[layer.index]).float() for g in gradients]
-                layer.effect = _Projected(measure == "velocity", own)
-            else:
-                layer.effect = _Replaced(teacher, module, sample, v)
-            visit(sample, layer)
-        velocities.append(v.detach().cpu())
-    return velocities
-
-
-@contextmanager
-def _hooked(modules: Any, hook: Callable[..., Any]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        with hooked(modules, now), torch.no_grad():
+            velocity(teacher, sample.x, sample.t, sample.text, sample.condition)
+        return
+    with blocks_kept(teacher) as calls:
+        v = velocity(teacher, sample.x, sample.t, sample.text, sample.condition)
+        gradients = _gradients(measure, v, sample, calls[-1].out, probes)
+    v = v.detach()
+    for index, module in reversed(list(enumerate(modules))):
+        seen, own, gradients = replay(calls.pop(), module, gradients)
+        layer = _layer(index, sparse, seen)
+        if measure == "velocity_exact":
+            layer.effect = _Replaced(teacher, module, sample, v)
+        else:
+            order = layer.scores.q_layout
+            own = [order.permute(gradient).float() for gradient in own]
+            layer.effect = _Projected(measure == "velocity", own)
+        visit(layer)
 
 
 def _layer(index: int, sparse: list[SparseAttention], call: tuple[Any, ...]) -> Layer:
@@ -156,24 +128,19 @@ def _layer(index: int, sparse: list[SparseAttention], call: tuple[Any, ...]) -> 
 
 
 def _gradients(
-    measure: Measure | None,
-    v: Tensor,
-    sample: Sample,
-    outs: list[Tensor],
-    probes: int,
-    generator: torch.Generator,
-) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the gradients by every layer's output: of each probe, or of the flow-matching loss."""
-    if measure == "fisher":
-        assert sample.target is not None
-        loss = (v - sample.target).square().flatten(1).mean(1).sum()  # one loss a clip
-        yield torch.autograd.grad(loss, outs)
-        return
+    measure: Measure, v: Tensor, sample: Sample, out: Tensor, probes: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return the gradients by the last block's output: of each probe, or of the training loss."""
+    match measure:
+        case "velocity_exact":
+            return []
+        case "fisher":
+            assert sample.target is not None
+            loss = (v - sample.target).square().flatten(1).mean(1).sum()  # one loss a clip
+            return list(torch.autograd.grad(loss, out))
     norm = v.detach().flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)
-    for probe in range(probes):
-        u = torch.empty_like(v).normal_(generator=generator) / norm
-        keep_graph = probe + 1 < probes
-        yield torch.autograd.grad((u * v).sum(), outs, retain_graph=keep_graph)
+    along = [(probe / norm * v).sum() for probe in probes]
+    return [torch.autograd.grad(one, out, retain_graph=True)[0] for one in along]
 
 
 @dataclass(frozen=True)
@@ -184,10 +151,11 @@ class _Projected:
     gradients: list[Tensor]  # in block order
 
     def __call__(self, layer: Layer, change: Tensor) -> Tensor:
-        products = [gradient * change for gradient in self.gradients]
-        if self.as_a_whole:
-            return torch.stack([x.sum((2, 3)).square() for x in products]).mean(0)
-        return torch.stack([x.square().sum((2, 3)) for x in products]).mean(0)
+        squares = [
+            product.sum((2, 3)).square() if self.as_a_whole else product.square().sum((2, 3))
+            for product in (gradient * change for gradient in self.gradients)  # one at a time
+        ]
+        return torch.stack(squares).mean(0)
 
 
 @dataclass(frozen=True)
@@ -211,7 +179,7 @@ class _Replaced:
                 out[:, head] += change[:, head].to(out.dtype)
                 return out
 
-            with _hooked([self.module], replace):
+            with hooked([self.module], replace):
                 s = self.sample
                 v = velocity(self.teacher, s.x, s.t, s.text, s.condition)
             errors.append(((v - self.velocity).flatten(1).norm(dim=1) / norm).square())

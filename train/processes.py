@@ -1,9 +1,10 @@
 """What the processes of one run do together."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,9 @@ from accelerate.utils import broadcast, gather_object
 
 from gossamer.train.cli import REFUSED
 from gossamer.train.refusal import Refusal
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -71,19 +75,39 @@ def check_same(field: str, value: object, accelerator: Accelerator, fix: str) ->
         raise Refusal(field, shown, "the same for all processes", fix)
 
 
-def on_main(work: Callable[[], None], accelerator: Accelerator) -> None:
-    """Do work in the main process while the others wait; a refusal of it ends them all.
+def shared_out(
+    work: Callable[[Item], Result], items: Iterable[Item], accelerator: Accelerator | None
+) -> list[Result]:
+    """Return work(item) of all items, in their order: each process does some, and gets all.
 
-    The others exit as refused without a word, because the main process says why.
+    All processes call it, and a refusal of one is raised in all. None: this process does all.
     """
-    refusal = None
+    if accelerator is None or accelerator.num_processes == 1:
+        return [work(item) for item in items]
+    processes, refusal, done = accelerator.num_processes, None, []
+    try:
+        done = [work(x) for x in islice(items, accelerator.process_index, None, processes)]
+    except Refusal as error:
+        refusal = error
+    parts, refusals = zip(*gather_object([(done, refusal)]), strict=True)
+    for refusal in filter(None, refusals):
+        raise refusal
+    return [parts[i % processes][i // processes] for i in range(sum(map(len, parts)))]
+
+
+def on_main(work: Callable[[], Result], accelerator: Accelerator) -> Result | None:
+    """Return what work gives in the main process, and None in the others, which wait for it.
+
+    A refusal ends them all; the others exit without a word, because the main process says why.
+    """
+    refusal = result = None
     if accelerator.is_main_process:
         try:
-            work()
+            result = work()
         except Refusal as error:
             refusal = error
     if agreed(refusal is None, accelerator):
-        return
+        return result
     if refusal is None:
         raise SystemExit(REFUSED)
     raise refusal

@@ -20,7 +20,7 @@ from gossamer.train.distiller import Distiller
 from gossamer.train.files import write_atomic
 from gossamer.train.model import compile_blocks
 from gossamer.train.negative import store_negative
-from gossamer.train.processes import check_same, on_main
+from gossamer.train.processes import agreed, check_same, on_main
 from gossamer.train.run_lock import RunLock
 from gossamer.train.teach import write_cache
 from gossamer.train.teacher import Cached
@@ -67,26 +67,32 @@ def _encode_data(job: "Job") -> None:
 
 
 def calibrate_stage(job: "Job") -> None:
-    """Find the mask budgets on the dense teacher, unless they are there."""
-    from gossamer.train.reporting.calibration import draw, lines
-
-    if not job.is_sparse or _is_calibrated(job):
+    """Find the mask budgets on the dense teacher, unless they are there; all processes share it."""
+    if not job.is_sparse:
         return
-    shared = job.shared_calibration
-    if shared is not None and (shared / CALIBRATION).is_file():
-        shutil.copytree(shared, job.calibration_dir, dirs_exist_ok=True)
-        job.log("calibration taken from %s", shared)
+    is_there = on_main(partial(_is_calibrated, job), job.accelerator)
+    if agreed(bool(is_there), job.accelerator):
         return
     with job.autocast():
         calibrator = job.own_calibrator()
-        asked = {name: job.cfg[name] for name in ("sparsity", "error_budget")}
-        result = calibrator.run(build(job.cfg.allocation), **asked)
+        result = calibrator.run(build(job.cfg.allocation), **_asked(job))
     made_for = {**job.masks_asked, "weights": weights_digest(calibrator.gauge.teacher)}
-    replace(result, made_for=made_for).save(job.calibration_dir)
+    on_main(partial(_keep, job, replace(result, made_for=made_for)), job.accelerator)
+
+
+def _asked(job: "Job") -> dict[str, float | None]:
+    return {name: job.cfg[name] for name in ("sparsity", "error_budget")}
+
+
+def _keep(job: "Job", result: Calibration) -> None:
+    """Write what calibration found and say it, for this run and for others of a sweep."""
+    from gossamer.train.reporting.calibration import draw, lines
+
+    result.save(job.calibration_dir)
     draw(result, job.calibration_dir)
     said = lines(result)
     write_atomic(job.calibration_dir / REPORT, "\n".join(said) + "\n")
-    name, value = next((n, v) for n, v in asked.items() if v is not None)
+    name, value = next((n, v) for n, v in _asked(job).items() if v is not None)
     job.log(
         "calibrated in %.0f s: planned sparsity %.4f (asked: %s %g)",
         result.seconds,
@@ -96,6 +102,7 @@ def calibrate_stage(job: "Job") -> None:
     )
     for line in said:
         job.log("%s", line)
+    shared = job.shared_calibration
     if shared is not None and not shared.exists():
         own = shared.with_name(f"{shared.name}.{os.getpid()}")
         shutil.copytree(job.calibration_dir, own)
@@ -106,7 +113,21 @@ def calibrate_stage(job: "Job") -> None:
 
 
 def _is_calibrated(job: "Job") -> bool:
-    """Return whether the run's calibration is there; one that was forced to change is not."""
+    """Return whether the run's calibration is there, or an equal run's that it can take.
+
+    One that was forced to change is not.
+    """
+    if _has_own(job):
+        return True
+    shared = job.shared_calibration
+    if shared is None or not (shared / CALIBRATION).is_file():
+        return False
+    shutil.copytree(shared, job.calibration_dir, dirs_exist_ok=True)
+    job.log("calibration taken from %s", shared)
+    return True
+
+
+def _has_own(job: "Job") -> bool:
     if not (job.calibration_dir / CALIBRATION).is_file():
         return False
     if job.cfg.calibration.path is None:

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from gossamer.sparse.attach import attentions, method_from_spec
 from gossamer.sparse.attention import SparseAttention
 from gossamer.train.evaluate import evenly, noisy_samples
-from gossamer.train.measures import Layer, Sample, visit_layers
+from gossamer.train.measures import Layer, visit_layers
 
 if TYPE_CHECKING:
     from gossamer.train.job import Job
@@ -42,12 +43,14 @@ def mass_curves(job: "Job", clips: int, shares: Sequence[float] = SHARES) -> Ten
     sparse = [SparseAttention(method, heads, width).to(job.device) for _ in attentions(teacher)]
     found = torch.zeros(len(sparse), len(levels), heads, len(shares), dtype=torch.float64)
 
-    def visit(sample: Sample, layer: Layer) -> None:
-        found[layer.index, sample.level] += best_mass(layer.mass, shares).cpu() / len(chosen)
+    for sample in tqdm(samples, desc="attention mass", unit="batch"):
+        of_level = found[:, sample.level]
 
-    with job.autocast():
-        options = {"measure": None, "probes": 0, "seed": 0, "title": "attention mass"}
-        visit_layers(teacher, sparse, samples, visit, **options)  # type: ignore[arg-type]
+        def visit(layer: Layer, of_level: Tensor = of_level) -> None:
+            of_level[layer.index] += best_mass(layer.mass, shares).cpu() / len(chosen)
+
+        with job.autocast():
+            visit_layers(teacher, sparse, sample, visit, measure=None)
     return found
 
 
