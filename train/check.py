@@ -1,6 +1,8 @@
 """Can this machine, model and config run? Answered from config files, before any weight is read."""
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from gossamer.train.data.settings import buckets_of
 from gossamer.train.launch import Launch
 from gossamer.train.loop import TrainSettings
 from gossamer.train.match_density import check_match
-from gossamer.train.memory import GIB, Split, advice, estimate
+from gossamer.train.memory import GIB, Memory, Split, advice, estimate, estimate_calibration
 from gossamer.train.model import ModelSource
 from gossamer.train.parallel import check_sequence
 from gossamer.train.quality import check_extra
@@ -52,9 +54,9 @@ def preflight(
 ) -> dict[str, Any]:
     """Check device, model, codec, text, data, grid, mask and backend of the stages that will run.
 
-    Returns what the run will be as readable facts; counts are ints. `plan_memory` adds what a
-    training step takes on a GPU, which needs some seconds. `precision` is the mixed precision of
-    another process that will run it; None: of this one.
+    Returns what the run will be as readable facts; counts are ints. `plan_memory` adds what the
+    calibration and a training step take on a GPU, which needs some seconds. `precision` is the
+    mixed precision of another process that will run it; None: of this one.
     """
     require_complete(cfg)
     device = check_device(cfg.device)
@@ -90,12 +92,18 @@ def preflight(
         fix = "they come after it"
         raise Refusal("repeat_seeds", list(cfg.repeat_seeds), f"other seeds than {cfg.seed}", fix)
     facts |= check_teacher(cfg, stages, model, latent)
+    sizes = latent, (text.length, text.dim)
+    if plan_memory and "calibrate" in stages and is_sparse(cfg) and cfg.calibration.path is None:
+        plan = partial(estimate_calibration, cfg, *sizes, dtype=dtype)
+        facts["calibration"] = _planned("calibrate", cfg, plan, device)
     if "train" in stages:
         build(cfg.optimizer).check()
         _check_sequence(cfg, model, grids, launch)
         facts["batch"] = _batch(cfg, launch)
         if plan_memory:
-            facts["memory"] = _memory(cfg, latent, (text.length, text.dim), dtype, device, launch)
+            facts["memory"] = _planned(
+                "train", cfg, partial(_step, cfg, sizes, dtype, launch), device
+            )
         facts["checkpoint"] = checkpoint_size(cfg, facts["trained"])
     if "encode" in stages and "source" in cfg.data:
         facts["clip"] = clip_size(cfg, latent, text)
@@ -300,34 +308,37 @@ def _shares(cfg: DictConfig, launch: Launch) -> tuple[int, int]:
     return groups, settings.micro_batch(groups)
 
 
-def _memory(
+def _step(
     cfg: DictConfig,
-    latent: tuple[int, int, int, int],
-    text: tuple[int, int],
+    sizes: tuple[tuple[int, int, int, int], tuple[int, int]],
     dtype: torch.dtype,
-    device: torch.device,
     launch: Launch,
-) -> str:
-    """Say what a training step takes on a GPU; warn where this one has less."""
+) -> Memory:
+    """Return what a training step takes in each process."""
     split = Split(
         replicas=launch.processes,
         shards=launch.shard,
         sequence=cfg.sequence_parallel,
         teacher_sharded=launch.shard > 1,
     )
-    clips = _shares(cfg, launch)[1]
+    return estimate(cfg, *sizes, dtype=dtype, clips=_shares(cfg, launch)[1]).divided(split)
+
+
+def _planned(stage: str, cfg: DictConfig, plan: Callable[[], Memory], device: torch.device) -> str:
+    """Say what a stage takes on a GPU; warn where this one has less."""
     try:
-        needed = estimate(cfg, latent, text, dtype=dtype, clips=clips).divided(split)
+        needed = plan()
     except ValueError as error:  # no GPU's kernel takes this method
         return f"not estimated: {error}"
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
         if needed.total > there:
             log.warning(
-                "a training step needs about %.1f GiB and the GPU has %.1f; try %s",
+                "%s needs about %.1f GiB and the GPU has %.1f; try %s",
+                "a training step" if stage == "train" else "the calibration",
                 needed.total / GIB,
                 there / GIB,
-                advice(cfg),
+                advice(cfg, stage),
             )
     return str(needed)
 

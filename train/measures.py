@@ -114,6 +114,7 @@ def visit_layers(
             own = [order.permute(gradient).float() for gradient in own]
             layer.effect = _Projected(measure == "velocity", own)
         visit(layer)
+        del layer, seen, own  # before the next block's graph
 
 
 def _layer(index: int, sparse: list[SparseAttention], call: tuple[Any, ...]) -> Layer:

@@ -1,13 +1,14 @@
-"""What a training step takes on one GPU, counted on tensors without data before any weight is read.
+"""What a step takes on one GPU, counted on tensors without data before any weight is read.
 
-The run's own code takes the step on the meta device: the student with its attention, the teacher,
-the loss, gradient checkpointing. So the count follows the code. What it does not see: the CUDA
-context, memory that a kernel needs inside itself, fragmentation, torch.compile's savings.
+The run's own code takes a training step, or measures a sample of the calibration, on the meta
+device: the student with its attention, the teacher, the loss, gradient checkpointing. So the count
+follows the code. What it does not see: the CUDA context, memory that a kernel needs inside itself,
+fragmentation, torch.compile's savings.
 """
 
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,12 +17,16 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gossamer.sparse.attach import attach, mask_parameters, method_from_spec
+from gossamer.sparse.allocation import coverage
+from gossamer.sparse.attach import attach, attentions, mask_parameters, method_from_spec
+from gossamer.sparse.attention import SparseAttention, SparseMethod
+from gossamer.sparse.layouts.per_head import PerHead
 from gossamer.train.config import build
 from gossamer.train.distiller import Distiller
 from gossamer.train.draws import Noised
-from gossamer.train.live_bytes import GRADIENTS, LikeCuda, LiveBytes
+from gossamer.train.live_bytes import GRADIENTS, OTHER, LikeCuda, LiveBytes
 from gossamer.train.lora import insert_adapters
+from gossamer.train.measures import Layer, Sample, visit_layers
 from gossamer.train.model import blocks_of
 from gossamer.train.refusal import Refusal
 from gossamer.train.teacher import Cached, Frozen, Offloaded, Shared
@@ -50,9 +55,9 @@ class Memory:
 
     phase: str
     parts: dict[str, int]
-    states: dict[str, int]  # what a process holds whole, whenever: all but activations
-    activations: dict[int, int]  # the most of them beside so many bytes of gradients
-    gathered: int  # for two blocks of sharded weights and gradients
+    states: dict[str, int] = field(default_factory=dict)  # held whole, whenever: no activations
+    activations: dict[int, int] = field(default_factory=dict)  # the most beside so much gradient
+    gathered: int = 0  # for two blocks of sharded weights and gradients
 
     @property
     def total(self) -> int:
@@ -144,27 +149,99 @@ def estimate(
     )
 
 
-def advice(cfg: DictConfig) -> str:
-    """Name up to three settings of a config that make a step smaller, the strongest first."""
+def estimate_calibration(
+    cfg: DictConfig,
+    latent: tuple[int, int, int, int],
+    text: tuple[int, int],
+    *,
+    dtype: torch.dtype,
+    weights: torch.dtype = torch.float32,
+) -> Memory:
+    """Estimate the calibration, which every process does with a whole teacher; see `estimate`.
+
+    One sample is measured at one budget. Heads that may choose their order are all in clusters, the
+    costliest one; `velocity_exact`, which needs no graph, is taken for `velocity`.
+    """
+    source, measure = build(cfg.model), build(cfg.allocation).measure
+    live, like = LiveBytes("meta"), LikeCuda()
+    method = _method(cfg)
+    if isinstance(method.layout, PerHead):
+        method = replace(method, layout=method.layout.clusters)
+        measure = measure or "output"  # by which orders are compared
+    teacher = attach(_cast(source.skeleton(), weights), None).requires_grad_(False).eval()
+    for tensor in (*teacher.parameters(), *teacher.buffers()):
+        live.count(tensor, "weights")
+    heads, width = teacher.config.num_attention_heads, teacher.config.attention_head_dim
+    sparse = [SparseAttention(method, heads, width).to(META) for _ in attentions(teacher)]
+
+    visited: list[int] = []
+
+    def visit(layer: Layer) -> None:
+        visited.append(layer.index)
+        if len(visited) > 1:
+            return  # the first has the most beside it: the inputs of all blocks
+        live.phase = "a layer's masks"
+        mask = layer.mask(layer.attention.policy)
+        if measure:
+            layer.error(mask)
+        coverage(layer.scores)
+        mask.captured(layer.mass)
+        live.phase = "a block's pass"
+
+    clips, at_once = cfg.calibration.clips, cfg.evaluation.batch_size
+    sizes = [min(at_once, clips - first) for first in range(0, clips, at_once)]
+    with warnings.catch_warnings(action="ignore"), live, like:
+        given = [
+            _noised(latent, text, size, has_condition=source.condition != "none")
+            for size in sizes * len(cfg.calibration.noise_levels)
+        ]
+        live.now["samples"] = live.now.pop(OTHER)
+        first = given[0]
+        sample = Sample(0, first.x, first.t, first.text, first.condition, first.velocity)
+        live.phase = "a block's pass"
+        with like.autocast(dtype):
+            visit_layers(
+                teacher,
+                sparse,
+                sample,
+                visit,
+                measure="velocity" if measure == "velocity_exact" else measure,
+                probes=[torch.empty_like(sample.x) for _ in range(cfg.calibration.probes)],
+            )
+    parts = {name: size for name, size in live.peak.items() if size}
+    return Memory(live.peak_phase, {**parts, "workspaces": _WORKSPACE})
+
+
+def advice(cfg: DictConfig, stage: str = "train") -> str:
+    """Name up to three settings of a config that make a stage smaller, the strongest first."""
     clips = cfg.batch_size // cfg.grad_accumulation
+    smaller = "a smaller data.height and data.width, or fewer data.frames, with a new data.dir"
     ways = {
-        "gradient_checkpointing=true": not cfg.gradient_checkpointing,
-        f"grad_accumulation={cfg.batch_size}": clips > 1,
-        "teacher=cached noise_draws=16": cfg.teacher._target_.endswith((".Frozen", ".Offloaded")),
-        "optimizer=adamw_8bit": not cfg.optimizer._target_.endswith("8bit"),
-        "lora.rank=64": not cfg.lora.rank,
-        "ema=0": cfg.ema > 0,
-        "a smaller data.frames, data.height or data.width": True,
+        "evaluation.batch_size=1": cfg.evaluation.batch_size > 1,
+        "allocation=uniform": stage == "calibrate",
+        smaller: True,
+        "device=cpu": True,
+        "a smaller model": True,
     }
+    if stage == "train":
+        ways = {
+            "gradient_checkpointing=true": not cfg.gradient_checkpointing,
+            f"grad_accumulation={cfg.batch_size}": clips > 1,
+            "teacher=cached noise_draws=16": cfg.teacher._target_.endswith(
+                (".Frozen", ".Offloaded")
+            ),
+            "optimizer=adamw_8bit": not cfg.optimizer._target_.endswith("8bit"),
+            "lora.rank=64": not cfg.lora.rank,
+            "ema=0": cfg.ema > 0,
+            "a smaller data.frames, data.height or data.width": True,
+        }
     return ", ".join([way for way, helps in ways.items() if helps][:3])
 
 
 def _student(cfg: DictConfig, model: nn.Module, like: LikeCuda) -> nn.Module:
     """Return the student as Job makes it, on the meta device; budgets do not change its memory."""
     if cfg.error_budget is not None or cfg.sparsity > 0:
-        names = ("layout", "estimator", "policy", "compensation")
-        spec = {name: build(cfg[name]) for name in names}
-        attach(model, method_from_spec({**spec, "backend": "auto"}))
+        attach(model, _method(cfg))
     else:
         attach(model, None)
     if cfg.gradient_checkpointing:
@@ -176,6 +253,11 @@ def _student(cfg: DictConfig, model: nn.Module, like: LikeCuda) -> nn.Module:
     if cfg.lora.rank:
         insert_adapters(model, cfg.lora)
     return model.to(META).train()
+
+
+def _method(cfg: DictConfig) -> SparseMethod:
+    names = ("layout", "estimator", "policy", "compensation")
+    return method_from_spec({**{name: build(cfg[name]) for name in names}, "backend": "auto"})
 
 
 class _Given:

@@ -19,28 +19,16 @@ def within_memory(job: "Job", stage: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        fix = f"set {advice(job.cfg, stage)}"
         used = f"{stage} out of memory on {job.device} ({str(error).splitlines()[0]})"
-        raise OutOfMemory("memory", used, _needed(job, stage), _settings(job, stage)) from error
+        raise OutOfMemory("memory", used, _needed(job, stage), fix) from error
 
 
 def _needed(job: "Job", stage: str) -> str:
-    if stage != "train":
+    fact = {"train": "memory", "calibrate": "calibration"}.get(stage)
+    if fact is None:
         return f"what fits on {job.device}"
     from gossamer.train.check import preflight
 
-    planned = preflight(job.cfg, ["train"], plan_memory=True)["memory"]
-    return f"room for a training step: {planned}"
-
-
-def _settings(job: "Job", stage: str) -> str:
-    """Name three settings that need less memory, those that the run does not use yet first."""
-    if stage == "train":
-        return f"set {advice(job.cfg)}"
-    options = {
-        "evaluation.batch_size=1": job.cfg.evaluation.batch_size > 1,
-        "allocation=uniform": stage == "calibrate",
-        "a smaller data.height and data.width, or fewer data.frames, with a new data.dir": True,
-        "device=cpu": True,
-        "a smaller model": True,
-    }
-    return f"set {', '.join([setting for setting, helps in options.items() if helps][:3])}"
+    what = "a training step" if stage == "train" else "the calibration"
+    return f"room for {what}: {preflight(job.cfg, [stage], plan_memory=True)[fact]}"

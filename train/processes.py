@@ -1,8 +1,10 @@
 """What the processes of one run do together."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -93,6 +95,17 @@ def shared_out(
     for refusal in filter(None, refusals):
         raise refusal
     return [parts[i % processes][i // processes] for i in range(sum(map(len, parts)))]
+
+
+@contextmanager
+def said_once(accelerator: Accelerator) -> Iterator[None]:
+    """Let the main process alone say a refusal that all raise alike inside."""
+    try:
+        yield
+    except Refusal as refusal:
+        if accelerator.is_main_process:
+            raise
+        raise SystemExit(refusal.code) from refusal
 
 
 def on_main(work: Callable[[], Result], accelerator: Accelerator) -> Result | None:

@@ -20,7 +20,7 @@ from gossamer.train.distiller import Distiller
 from gossamer.train.files import write_atomic
 from gossamer.train.model import compile_blocks
 from gossamer.train.negative import store_negative
-from gossamer.train.processes import agreed, check_same, on_main
+from gossamer.train.processes import agreed, check_same, on_main, said_once
 from gossamer.train.run_lock import RunLock
 from gossamer.train.teach import write_cache
 from gossamer.train.teacher import Cached
@@ -73,9 +73,9 @@ def calibrate_stage(job: "Job") -> None:
     is_there = on_main(partial(_is_calibrated, job), job.accelerator)
     if agreed(bool(is_there), job.accelerator):
         return
-    with job.autocast():
-        calibrator = job.own_calibrator()
-        result = calibrator.run(build(job.cfg.allocation), **_asked(job))
+    calibrator, allocation = job.own_calibrator(), build(job.cfg.allocation)
+    with job.autocast(), said_once(job.accelerator):
+        result = calibrator.run(allocation, **_asked(job))
     made_for = {**job.masks_asked, "weights": weights_digest(calibrator.gauge.teacher)}
     on_main(partial(_keep, job, replace(result, made_for=made_for)), job.accelerator)
 

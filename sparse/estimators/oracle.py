@@ -8,6 +8,8 @@ from gossamer.sparse.fp32 import no_autocast
 from gossamer.sparse.layout import BlockLayout
 from gossamer.sparse.mask import BlockScores
 
+_MAX_LOGITS = 1 << 28  # held at once: 1 GiB of fp32
+
 
 class Oracle:
     """Score blocks by their dense attention mass, averaged over the rows of the q block."""
@@ -16,7 +18,7 @@ class Oracle:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, q_layout: BlockLayout, kv_layout: BlockLayout
     ) -> BlockScores:
-        """Return scores of q, k [B, H, S, D] in block order; needs one head's S x S at a time."""
+        """Return scores of q, k [B, H, S, D] in block order; some rows of a head at a time."""
         with no_autocast(q):
             return self._scores(q, k, q_layout, kv_layout)
 
@@ -29,9 +31,11 @@ class Oracle:
         )
         rows = []
         for i, (query, key) in enumerate(zip(q.flatten(0, 1), k.flatten(0, 1), strict=True)):
-            mass = (query.float() @ key.float().T * q.shape[-1] ** -0.5).softmax(-1)  # [Sq, Sk]
-            columns = _means(mass.T, kv_offsets[i], kv_layout.block_size)  # [Nk, Sq]
-            columns = columns * kv_offsets[i].diff()[:, None]
+            parts = []
+            for some in query.split(max(1, _MAX_LOGITS // len(key))):
+                mass = (some.float() @ key.float().T * q.shape[-1] ** -0.5).softmax(-1)
+                parts.append(_means(mass.T, kv_offsets[i], kv_layout.block_size))  # [Nk, some]
+            columns = torch.cat(parts, 1) * kv_offsets[i].diff()[:, None]  # [Nk, Sq]
             rows.append(_means(columns.T, q_offsets[i], q_layout.block_size))
         score = torch.stack(rows).unflatten(0, heads)
         return BlockScores(q_layout, kv_layout, score)

@@ -11,6 +11,7 @@ import torch
 from gossamer.sparse.allocation import Allocation, EqualError, Fixed, Uniform, WaterFill
 from gossamer.sparse.attach import attach, attentions, method_from_spec
 from gossamer.sparse.attention import DenseAttention
+from gossamer.train import gauge
 from gossamer.train.calibrate import BISECTIONS, Calibrator
 from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
 from gossamer.train.evaluate import measure_masks, noisy_samples, velocities
@@ -203,21 +204,63 @@ def test_each_head_takes_the_order_with_the_least_error(make_job: Any, tmp_path:
     assert choices == found.layout_choice
 
 
-def test_two_processes_write_the_calibration_of_one(
-    lab: Any, launcher: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    ("processes", "settings"),
+    [
+        (2, {"layout": "per_head", "layout__tile": "[1,2,2]", "evaluation__batch_size": 1}),
+        (3, {"allocation": "one_mass", "sparsity": 0.7}),  # of 2 samples
+        (2, {"sparsity": "null", "error_budget": 0.1, "evaluation__batch_size": 1}),
+    ],
+    ids=["orders", "fewer samples than processes", "error budget"],
+)
+def test_processes_share_the_samples_and_write_the_calibration_of_one(
+    processes: int, settings: dict[str, Any], lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
-    stages = ["calibrate"]
-    assert launcher.run(lab.student(tmp_path, name="one", stages=stages)).code == 0
-    done = launcher.ranks(lab.student(tmp_path, name="two", stages=stages))
-    assert [one.code for one in done] == [0, 0]
-    one, two = (
-        (tmp_path / name / "calibration" / CALIBRATION).read_text() for name in ("one", "two")
+    if "layout" in settings:
+        settings |= {"layout__block": None, "layout__q_block": 4, "layout__kv_block": 4}
+    settings |= {"stages": ["calibrate"]}
+    assert launcher.run(lab.student(tmp_path, name="one", **settings)).code == 0
+    done = launcher.ranks(lab.student(tmp_path, name="all", **settings), processes=processes)
+    assert [one.code for one in done] == [0] * processes, done[0].text
+    assert [one.text for one in done[1:]] == [""] * (processes - 1)
+    one, together = (
+        (tmp_path / name / "calibration" / CALIBRATION).read_text() for name in ("one", "all")
     )
 
     def timeless(text: str) -> str:
         return text.replace(f'"seconds": {json.loads(text)["seconds"]}', "")
 
-    assert timeless(one) == timeless(two) != one
+    assert timeless(one) == timeless(together) != one
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"sparsity": 0.8, "allocation": "one_mass", "allocation.k": 0.5}, "allocation.k=0.5"),
+        ({"inject": "refuse_the_first_sample"}, "sample=first: allowed is none"),
+    ],
+    ids=["all alike", "one alone"],
+)
+def test_a_refusal_while_calibrating_ends_all_processes_and_is_said_once(
+    settings: dict[str, Any], said: str, lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    inject = settings.pop("inject", "")
+    overrides = lab.student(tmp_path, stages=["calibrate"], **settings)
+    done = launcher.ranks(overrides, inject=inject and f"{__file__}:{inject}")
+    assert [one.code for one in done] == [2, 2], done[0].text
+    assert len(done[0].errors) == 1 and said in done[0].errors[0] and done[1].text == ""
+
+
+def refuse_the_first_sample() -> None:
+    """Let the process that measures the first noise level refuse: of two, the first one."""
+    visit = gauge.visit_layers
+
+    def refusing(teacher: Any, sparse: Any, sample: Any, *args: Any, **options: Any) -> None:
+        if sample.level == 0:
+            raise Refusal("sample", "first", "none", "leave it out")
+        visit(teacher, sparse, sample, *args, **options)
+
+    gauge.visit_layers = refusing
 
 
 def test_calibrate_says_what_it_chose_and_draws_each_head_and_level(
