@@ -1,6 +1,9 @@
 """The memory estimate against what the allocator gave two real steps, by torch's CPU profiler."""
 
 import gc
+import logging
+from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
@@ -10,15 +13,18 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from gossamer.benchmarks.calibration import calibrator
 from gossamer.benchmarks.training_step import Step
-from gossamer.train.check import check
-from gossamer.train.config import compose
+from gossamer.sparse.bound import MapError
+from gossamer.train.check import _planned, check
+from gossamer.train.config import build, compose
 from gossamer.train.live_bytes import LikeCuda, LiveBytes
-from gossamer.train.memory import Memory, Split, advice, estimate
+from gossamer.train.memory import Memory, Split, advice, estimate, estimate_calibration
 from gossamer.train.memory_limit import within_memory
 from gossamer.train.refusal import OutOfMemory, Refusal
 
 BLOCKS = ["layout.q_block=64", "layout.kv_block=64"]
+SHORT = ["backend=reference", "calibration.clips=1", "calibration.noise_levels=[0.7,0.3]"]
 LATENT, TEXT = (4, 4, 16, 16), (16, 32)  # 256 tokens
 
 
@@ -51,11 +57,20 @@ def real_step(cfg: Any, dtype: torch.dtype = torch.float32) -> Step:
 
 def measured(cfg: Any, dtype: torch.dtype) -> int:
     """Return the most bytes that the allocator had given at once during two steps."""
-    gc.collect()  # what goes later must not count
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+
+    def steps() -> None:
         step = real_step(cfg, dtype)
         step()
         step()
+
+    return allocated(steps)
+
+
+def allocated(work: Callable[[], object]) -> int:
+    """Return the most bytes that the allocator had given at once during the work."""
+    gc.collect()  # what goes later must not count
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
     events = record.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return max(accumulate(nbytes for _, nbytes in changes))
@@ -82,6 +97,41 @@ def test_the_estimate_is_within_2_percent_of_what_two_steps_allocate(
     planned = found.total - found.parts["workspaces"]  # cuBLAS's
     truth = measured(cfg, dtype)
     assert abs(planned / truth - 1) < 0.02, (planned, truth, str(found.parts))
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        (["allocation=velocity"], torch.float32),
+        (["allocation=velocity", "layout=per_head", "layout.tile=[2,2,2]"], torch.float32),
+        (["allocation=velocity", "model.num_layers=8"], torch.bfloat16),
+        (["allocation=water_fill"], torch.float32),
+        (["allocation=uniform"], torch.float32),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value)[6:],
+)
+def test_the_estimate_is_within_10_percent_of_what_a_calibration_allocates(
+    settings: list[str], dtype: torch.dtype, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(*SHORT, *settings)
+    # fp64 for some rows: much beside 256 tokens, little beside 32,760
+    nothing = MapError(*torch.zeros(3, 1, 2))
+    monkeypatch.setattr("gossamer.train.gauge.map_error", lambda *_, **__: nothing)
+
+    def work() -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            gauge = calibrator(cfg, LATENT, TEXT, torch.device("cpu")).gauge
+            layers = len(gauge.layers)
+            if "layout=per_head" in settings:
+                gauge.arrange([[4, 4]] * layers)  # in clusters
+            measure, half = build(cfg.allocation).measure, torch.full((layers, 2), 0.5)
+            gauge.curves(measure)
+            gauge.outcome(half, half, measure)
+
+    planned = estimate_calibration(cfg, LATENT, TEXT, dtype=dtype)
+    truth = allocated(work)
+    plan = planned.total - planned.parts["workspaces"]
+    assert abs(plan / truth - 1) < 0.1, (plan, truth, str(planned.parts))
 
 
 def test_the_bytes_at_the_start_of_a_step_do_not_grow(one_thread: None) -> None:
@@ -246,7 +296,32 @@ def test_meta_tensors_are_cast_as_cuda_would_cast_them() -> None:
 def test_check_tells_the_memory_of_a_step(tmp_path: Any) -> None:
     where = [f"data.dir={tmp_path}/data", f"runs_dir={tmp_path}/runs", "device=cpu"]
     facts = check(compose(["recipe=demo", *where]))
-    assert " GiB at the peak, in " in facts["memory"] and "activations" in facts["memory"]
+    for name in ("memory", "calibration"):
+        assert " GiB at the peak, in " in facts[name] and "activations" in facts[name]
+
+
+@pytest.mark.parametrize("asked", ["sparsity=0.0", "calibration.path=old"])
+def test_a_run_that_does_not_calibrate_plans_no_calibration(asked: str, tmp_path: Any) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "calibration.json").write_text("{}")
+    where = [f"data.dir={tmp_path}/data", f"runs_dir={tmp_path}/runs", "device=cpu"]
+    facts = check(compose(["recipe=demo", *where, asked.replace("old", f"{tmp_path}/old")]))
+    assert "memory" in facts and "calibration" not in facts
+
+
+def test_a_gpu_that_cannot_calibrate_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = config("allocation=velocity")
+    monkeypatch.setattr(
+        "torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=2**20)
+    )
+    monkeypatch.setattr(logging.getLogger("gossamer"), "propagate", True)
+    plan = partial(estimate_calibration, cfg, LATENT, TEXT, dtype=torch.float32)
+    _planned("calibrate", cfg, plan, torch.device("cuda"))
+    (said,) = caplog.messages
+    assert said.startswith("the calibration needs about 0.1 GiB and the GPU has 0.0; try ")
+    assert "evaluation.batch_size=1, allocation=uniform" in said
 
 
 def test_running_out_of_memory_names_settings_for_the_stage(
@@ -262,6 +337,7 @@ def test_running_out_of_memory_names_settings_for_the_stage(
         said[stage] = str(end.value)
         assert end.value.code == 4 and "Tried to allocate 2 GiB." in said[stage]
     assert "room for a training step: " in said["train"]
+    assert "room for the calibration: " in said["calibrate"]
     assert said["train"].endswith(
         "set gradient_checkpointing=true, grad_accumulation=4, teacher=cached noise_draws=16"
     )

@@ -5,8 +5,10 @@ import gc
 import pytest
 import torch
 
+from gossamer.benchmarks.calibration import SETTINGS, calibrator
 from gossamer.benchmarks.training_step import DENSE, Step, config
-from gossamer.train.memory import estimate
+from gossamer.train.config import build
+from gossamer.train.memory import estimate, estimate_calibration
 
 pytestmark = pytest.mark.gpu
 
@@ -66,4 +68,18 @@ def test_the_plan_holds_with_teachers_averages_and_adapters(settings: list[str])
         pytest.importorskip("peft")
         settings = [*settings, "teacher=shared"]
     took, planned, _ = peak(*settings)
+    assert abs(planned / took - 1) < 0.1, (planned, took)
+
+
+@pytest.mark.parametrize("settings", [[], ["allocation=uniform"]], ids=["gradients", "none"])
+def test_a_calibration_takes_what_was_planned(settings: list[str]) -> None:
+    cfg = config(*SMALL, *SETTINGS, "calibration.noise_levels=[0.5]", *settings)
+    planned = estimate_calibration(cfg, LATENT, TEXT, dtype=torch.bfloat16).total
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.autocast("cuda", torch.bfloat16):
+        one = calibrator(cfg, LATENT, TEXT, torch.device("cuda"))
+        one.run(build(cfg.allocation), sparsity=0.9)
+    took = torch.cuda.max_memory_allocated() - before
     assert abs(planned / took - 1) < 0.1, (planned, took)
