@@ -27,7 +27,8 @@ from gossamer.sparse.policies import Hybrid
 from gossamer.sparse.token_share import TokenHybrid
 from gossamer.train.calibration import Calibration
 from gossamer.train.error_bound import within_bounds
-from gossamer.train.gauge import Gauge, Measured, Outcome
+from gossamer.train.gauge import Gauge
+from gossamer.train.measured import Measured, Outcome
 from gossamer.train.refusal import Refusal
 
 BISECTIONS = 10  # of the density for an error budget
@@ -191,9 +192,7 @@ class Calibrator:
         names = layout.with_clusters().names
         clusters = names.index(CLUSTERS)
         errors = []
-        for order in range(len(names)):
-            self.gauge.arrange([[order] * self.gauge.heads for _ in self.gauge.layers])
-            found = self.gauge.curves(measure or "output")
+        for found in self.gauge.curves_by_order(measure or "output", len(names)):
             shares = found.points / found.num_blocks
             at = int((shares - target).abs().argmin()) if target < 1 else len(shares) // 2
             errors.append(found.error.mean(2)[..., at].flatten())
@@ -204,7 +203,7 @@ class Calibrator:
         is_far = best == clusters
         if CLUSTERS not in layout.names:
             best = torch.where(is_far, error[:clusters].argmin(0), best)
-        self.gauge.arrange(best.view(len(self.gauge.layers), self.gauge.heads).tolist())
+        self.gauge.choice = best.view(len(self.gauge.layers), self.gauge.heads).tolist()
         taken = error.gather(0, best[None])[0]
         over = taken.clamp(min=1e-30) / error[clusters].clamp(min=1e-30)
         return {

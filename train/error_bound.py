@@ -39,16 +39,16 @@ def within_bounds(
     k = policy.k.cpu().repeat(len(gauge.layers), 1).expand(-1, gauge.heads)
     has_filter = isinstance(gauge.method.compensation, FilteredDrop)
     if has_filter:
-        gauge.filter(torch.full_like(k, -torch.inf))
+        gauge.skip_below = torch.full_like(k, -torch.inf)
     p = least_within(
         lambda p: gauge.worst_error(k, p), allocation.l1, like=k, most=1.0, steps=P_STEPS
     )
     if has_filter:
 
         def at_gap(gap: Tensor) -> Tensor:
-            gauge.filter(-gap)
+            gauge.skip_below = -gap
             return gauge.worst_error(k, p)
 
         gap = least_within(at_gap, allocation.l2, like=k, most=WIDEST_GAP, steps=GAP_STEPS)
-        gauge.filter(-gap)
+        gauge.skip_below = -gap
     return k, p

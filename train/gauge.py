@@ -1,8 +1,8 @@
 """What calibration measures on a dense teacher: error curves, densities, and what budgets do."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gossamer.sparse.allocation import Curves, Measure, coverage
+from gossamer.sparse.allocation import Measure, coverage
 from gossamer.sparse.attach import (
     attach,
     attending_densely,
@@ -26,44 +26,17 @@ from gossamer.sparse.layout import TokenGrid
 from gossamer.sparse.layouts.per_head import PerHead
 from gossamer.sparse.policies import Hybrid
 from gossamer.train.calibration import set_masks
-from gossamer.train.measures import Layer, Sample, visit_layers
+from gossamer.train.measured import Measured, Outcome, between
+from gossamer.train.measures import Layer, Sample, Seen, visit_layers
 from gossamer.train.model import velocity
 from gossamer.train.processes import shared_out
 
+Choice = list[list[int]]  # each layer's and head's place in a layout's orders; empty without
 Figures = tuple[Tensor, ...]
 Given = TypeVar("Given")
 Result = TypeVar("Result")
 
 BOUND_BLOCKS = 4  # q blocks of a head that Proposition 1 is evaluated on
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Curves of every head: error [L, H, T, D] at points [D], density [L, H, N]."""
-
-    points: Tensor
-    error: Tensor
-    density: Tensor
-
-    @property
-    def num_blocks(self) -> int:
-        return self.density.shape[2]
-
-    @property
-    def curves(self) -> Curves:
-        """Return the curves with heads flattened, errors averaged over noise levels."""
-        error = self.error.mean(2).flatten(0, 1)
-        return Curves(self.density.flatten(0, 1), self.points, error)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What budgets do: density [L, H], error and mass [L, H, T], Proposition 1 by layer [L, 3]."""
-
-    density: Tensor
-    error: Tensor
-    mass: Tensor
-    bound: Tensor
 
 
 class Gauge:
@@ -94,16 +67,15 @@ class Gauge:
         counts = [sum(len(s.t) for s in samples if s.level == i) for i in range(len(noise_levels))]
         self._per_level = torch.tensor(counts, dtype=torch.float64)
         self._found: dict[Any, Measured] = {}
+        self._by_order: dict[Measure, list[Measured]] = {}
         self._dense: dict[int, Tensor] = {}  # velocities of this process's samples
-        self.choice: list[list[int]] = []  # each layer's and head's order, of a layout with orders
+        self.choice: Choice = []
         self.skip_below: Tensor | None = None  # [L, H], of a filter that was tuned
         if isinstance(method.layout, PerHead):  # clusters are what its orders are compared with
             method = replace(method, layout=method.layout.with_clusters())
         width = int(teacher.config.attention_head_dim)  # type: ignore[arg-type]
-        self._sparse = [
-            SparseAttention(method, self.heads, width).requires_grad_(False).to(samples[0].x.device)
-            for _ in self.layers
-        ]
+        sparse = SparseAttention(method, self.heads, width)  # of one layer after the other
+        self._sparse = sparse.requires_grad_(False).to(samples[0].x.device)
 
     @property
     def clips(self) -> int:
@@ -114,34 +86,31 @@ class Gauge:
         model = transformer_of(self.teacher)
         return family_of(model).token_grid(model, {"hidden_states": self.samples[0].x})
 
-    def arrange(self, choice: list[list[int]]) -> None:
-        """Let each layer's heads take these places in the layout's orders."""
-        self.choice = choice
-        for attention, of_layer in zip(self._sparse, choice, strict=True):
-            attention.layout.set_choice(torch.tensor(of_layer))
-
-    def filter(self, skip_below: Tensor) -> None:
-        """Let the second filter of each layer and head have this limit, [L, H]."""
-        self.skip_below = skip_below
-        for attention, of_layer in zip(self._sparse, skip_below, strict=True):
-            attention.compensation.set_limit(of_layer)
-
     def worst_error(self, k: Tensor, p: Tensor) -> Tensor:
         """Return each head's relative L1 error under k and p [L, H] on its worst clip, [L, H]."""
-        error = self._zeros()
 
-        def visit(sample: Sample, layer: Layer) -> None:
-            mask = layer.mask(self._policy(layer, k[layer.index], p[layer.index]))
-            error[layer.index] = torch.maximum(error[layer.index], layer.error(mask).amax(0))
+        def of_layer(sample: Sample, layer: Layer) -> Figures:
+            mask = layer.mask(self._policy(k[layer.index], p[layer.index]))
+            return (layer.error(mask).amax(0),)
 
-        self._visit(visit, "relative_l1", "calibrate bound")
-        return error
+        ((error,),) = self._measured(of_layer, "relative_l1", "calibrate bound")
+        return reduce(torch.maximum, error)
 
     def curves(self, measure: Measure | None) -> Measured:
         """Measure every head's error at each of the densities, and what each budget costs."""
         key = measure, str(self.choice)
-        if key in self._found:
-            return self._found[key]
+        if key not in self._found:
+            (self._found[key],) = self._curves(measure, [self.choice])
+        return self._found[key]
+
+    def curves_by_order(self, measure: Measure, orders: int) -> list[Measured]:
+        """Return the curves with all heads in each of the layout's orders, from one visit."""
+        if measure not in self._by_order:
+            alike = [[[order] * self.heads] * len(self.layers) for order in range(orders)]
+            self._by_order[measure] = self._curves(measure, alike)
+        return self._by_order[measure]
+
+    def _curves(self, measure: Measure | None, choices: list[Choice]) -> list[Measured]:
         by_blocks = self.method.policy.counts_blocks
 
         def of_layer(sample: Sample, layer: Layer) -> Figures:
@@ -153,29 +122,29 @@ class Gauge:
                 weight = (sizes / sizes.sum(-1, keepdim=True)).expand(covered.shape[:3])
                 density = torch.einsum("bhqk,bhq->hk", covered, weight)
             for point in self._points(num_blocks).tolist():
-                mask = layer.mask(
-                    self._policy(layer, torch.full((self.heads,), point / num_blocks))
-                )
+                mask = layer.mask(self._policy(torch.full((self.heads,), point / num_blocks)))
                 costs.append(mask.density.sum(0))
                 errors.append(layer.error(mask).sum(0) if measure else torch.zeros(self.heads))
             return density, torch.stack(costs, -1), torch.stack(errors, -1)
 
-        found = self._measured(of_layer, measure, f"calibrate {measure or 'density'}")
-        density, costs = (_sum(figures) for figures in found[:2])
-        points = self._points(density.shape[-1])
-        density = density if by_blocks else _between(points, costs, density.shape[-1])
-        error = self._by_level(found[2], dim=2)
-        self._found[key] = Measured(points, error, density / self._per_level.sum())
-        return self._found[key]
+        found, title = [], f"calibrate {measure or 'density'}"
+        for figures in self._measured(of_layer, measure, title, choices):
+            density, costs = (_sum(parts) for parts in figures[:2])
+            points = self._points(density.shape[-1])
+            density = density if by_blocks else between(points, costs, density.shape[-1])
+            error = self._by_level(figures[2], dim=2)
+            found.append(Measured(points, error, density / self._per_level.sum()))
+        return found
 
     def density(self, k: Tensor, p: Tensor | None = None) -> Tensor:
         """Return the density of each head's masks of k and p [L, H], meaned over the samples."""
 
         def of_layer(sample: Sample, layer: Layer) -> Figures:
             of_layer = None if p is None else p[layer.index]
-            return (layer.mask(self._policy(layer, k[layer.index], of_layer)).density.sum(0),)
+            return (layer.mask(self._policy(k[layer.index], of_layer)).density.sum(0),)
 
-        return _sum(self._measured(of_layer, None, "calibrate density")[0]) / self._per_level.sum()
+        ((density,),) = self._measured(of_layer, None, "calibrate density")
+        return _sum(density) / self._per_level.sum()
 
     def outcome(self, k: Tensor, p: Tensor, measure: Measure | None) -> Outcome:
         """Measure the masks of k and p [L, H]."""
@@ -184,7 +153,7 @@ class Gauge:
         nothing = torch.zeros(self.heads), torch.zeros(3)
 
         def of_layer(sample: Sample, layer: Layer) -> Figures:
-            mask = layer.mask(self._policy(layer, k[layer.index], p[layer.index]))
+            mask = layer.mask(self._policy(k[layer.index], p[layer.index]))
             error, bound = nothing
             if measure is not None:
                 error = layer.error(mask).sum(0)
@@ -194,7 +163,8 @@ class Gauge:
             mass = mask.captured(layer.mass).double().cpu().sum(0)
             return mask.density.sum(0), error, mass, bound
 
-        density, error, mass, bound = self._measured(of_layer, measure, "calibrate masks")
+        (figures,) = self._measured(of_layer, measure, "calibrate masks")
+        density, error, mass, bound = figures
         return Outcome(
             density=_sum(density) / self._per_level.sum(),
             error=self._by_level(error, dim=2),
@@ -252,22 +222,43 @@ class Gauge:
         return velocity(self.teacher, sample.x, sample.t, sample.text, sample.condition)
 
     def _measured(
-        self, of_layer: Callable[[Sample, Layer], Figures], measure: Measure | None, title: str
-    ) -> list[list[Tensor]]:
-        """Return each figure that `of_layer` gives, of every sample: [L, ...] on the CPU."""
+        self,
+        of_layer: Callable[[Sample, Layer], Figures],
+        measure: Measure | None,
+        title: str,
+        choices: Sequence[Choice] | None = None,
+    ) -> list[list[list[Tensor]]]:
+        """Return what `of_layer` gives with the orders of each choice, the present one if left out.
 
-        def of_sample(given: tuple[Sample, list[Tensor]]) -> Figures:
+        Of each of its figures it is a list: of every sample [L, ...], on the CPU.
+        """
+        choices = [self.choice] if choices is None else choices
+
+        def of_sample(given: tuple[Sample, list[Tensor]]) -> list[Figures]:
             sample, probes = given
-            rows: list[Figures] = [()] * len(self.layers)
+            rows: list[list[Figures]] = [[] for _ in self.layers]
 
-            def visit(layer: Layer) -> None:
-                rows[layer.index] = tuple(x.cpu() for x in of_layer(sample, layer))
+            def visit(seen: Seen) -> None:
+                if self.skip_below is not None:
+                    self._sparse.compensation.set_limit(self.skip_below[seen.index])
+                for choice in choices:
+                    if choice:
+                        self._sparse.layout.set_choice(torch.tensor(choice[seen.index]))
+                    found = of_layer(sample, seen.under(self._sparse))
+                    rows[seen.index].append(tuple(x.cpu() for x in found))
 
-            visit_layers(self.teacher, self._sparse, sample, visit, measure=measure, probes=probes)
-            return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+            visit_layers(self.teacher, sample, visit, measure=measure, probes=probes)
+            return [
+                tuple(torch.stack(column) for column in zip(*layers, strict=True))
+                for layers in zip(*rows, strict=True)
+            ]
 
         drawn = zip(self.samples, self._probes(measure), strict=True)
-        return [list(of) for of in zip(*self._share(of_sample, drawn, title), strict=True)]
+        found = self._share(of_sample, drawn, title)
+        return [
+            [list(parts) for parts in zip(*figures, strict=True)]
+            for figures in zip(*found, strict=True)
+        ]
 
     def _probes(self, measure: Measure | None) -> Iterator[list[Tensor]]:
         """Yield each sample's probes, which do not depend on who takes the samples before it."""
@@ -294,8 +285,8 @@ class Gauge:
         ]
         return torch.stack(rows, dim)
 
-    def _policy(self, layer: Layer, k: Tensor, p: Tensor | None = None) -> Hybrid:
-        policy = layer.attention.policy
+    def _policy(self, k: Tensor, p: Tensor | None = None) -> Hybrid:
+        policy: Hybrid = self._sparse.policy
         policy.set_budget(k, torch.zeros_like(k) if p is None else p)
         return policy
 
@@ -303,13 +294,3 @@ class Gauge:
 def _sum(parts: list[Tensor]) -> Tensor:
     """Return the sum, from the first to the last."""
     return reduce(torch.add, parts).double()
-
-
-def _between(points: Tensor, costs: Tensor, num_blocks: int) -> Tensor:
-    """Interpolate costs [L, H, D] at rising points [D], from 1 to num_blocks, to all of them."""
-    at = torch.arange(1, num_blocks + 1)
-    right = torch.searchsorted(points, at).clamp(1, len(points) - 1)
-    left = points[right - 1]
-    share = (at - left) / (points[right] - left)
-    costs = costs.cummax(-1)[0]
-    return costs[..., right - 1].lerp(costs[..., right], share.double())

@@ -8,7 +8,7 @@ only this head is sparse (Hutchinson), so one backward a probe serves every laye
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from gossamer.sparse.attach import attentions, transformer_of
 from gossamer.sparse.attention import SparseAttention
 from gossamer.sparse.estimators.oracle import Oracle
 from gossamer.sparse.fp32 import no_autocast
-from gossamer.sparse.layout import permute_qkv
+from gossamer.sparse.layout import BlockLayout, permute_qkv
 from gossamer.sparse.mask import BlockMask, BlockScores, keep_text
 from gossamer.sparse.policies import Hybrid
 from gossamer.train.model import velocity
@@ -73,29 +73,48 @@ class Layer:
         return self.effect(self, change).double()
 
 
+@dataclass(frozen=True)
+class Seen:
+    """One layer's dense attention on one sample: q, k, v, grid, timestep and output."""
+
+    index: int
+    call: tuple[Any, ...]
+    effect: Callable[[BlockLayout], Effect | None]  # of q's blocks
+
+    @torch.no_grad()
+    def under(self, attention: SparseAttention) -> Layer:
+        """Return it in the block order of the layer's sparse attention."""
+        query, key, value, grid, _, out = self.call
+        with no_autocast(query):
+            q, k, v = (x.detach() for x in (query, key, value))
+            q_layout, kv_layout = attention.layout(q, k, v, grid)
+            q, k, v = permute_qkv(q_layout, kv_layout, q, k, v)
+            scores = attention.estimator(q, k, v, q_layout, kv_layout)
+            out = q_layout.permute(out.detach())
+        return Layer(self.index, attention, q, k, v, out, scores, self.effect(q_layout))
+
+
 def visit_layers(
     teacher: nn.Module,
-    sparse: list[SparseAttention],
     sample: Sample,
-    visit: Callable[[Layer], None],
+    visit: Callable[[Seen], None],
     *,
     measure: Measure | None,
     probes: Sequence[Tensor] = (),
 ) -> None:
     """Call `visit` for each layer of a densely attached teacher on one sample.
 
-    `sparse` is the attention of each layer that is measured in place of the dense one; probes are
-    random [B, C, f, h, w] for the velocity to first order. No more than one layer's tensors are
-    held at a time: what needs neither gradients nor more forward passes is visited during the
-    forward pass, else each block is run again, the last first, and only their inputs are kept.
+    Probes are random [B, C, f, h, w], for the velocity to first order. No more than one layer's
+    tensors are held at a time: what needs neither gradients nor more forward passes is visited in
+    the forward pass, else each block is run again, the last first, and only their inputs are kept.
     """
     modules = list(attentions(teacher).values())
     if measure not in ("fisher", "velocity", "velocity_exact"):
 
         def now(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            layer = _layer(modules.index(module), sparse, (*args, out))
-            layer.effect = _effect_now(measure, teacher, layer.index)
-            visit(layer)
+            index = modules.index(module)
+            effect = _effect_now(measure, teacher, index)
+            visit(Seen(index, (*args, out), lambda order: effect))
 
         with hooked(modules, now), torch.no_grad():
             velocity(teacher, sample.x, sample.t, sample.text, sample.condition)
@@ -105,27 +124,12 @@ def visit_layers(
         gradients = _gradients(measure, v, sample, calls[-1].out, probes)
     v = v.detach()
     for index, module in reversed(list(enumerate(modules))):
-        seen, own, gradients = replay(calls.pop(), module, gradients)
-        layer = _layer(index, sparse, seen)
+        call, own, gradients = replay(calls.pop(), module, gradients)
         if measure == "velocity_exact":
-            layer.effect = _Replaced(teacher, module, sample, v)
+            visit(Seen(index, call, partial(_Replaced, teacher, module, sample, v)))
         else:
-            order = layer.scores.q_layout
-            own = [order.permute(gradient).float() for gradient in own]
-            layer.effect = _Projected(measure == "velocity", own)
-        visit(layer)
-        del layer, seen, own  # before the next block's graph
-
-
-def _layer(index: int, sparse: list[SparseAttention], call: tuple[Any, ...]) -> Layer:
-    attention = sparse[index]
-    query, key, value, grid, _, out = call
-    with torch.no_grad(), no_autocast(query):
-        q, k, v = (x.detach() for x in (query, key, value))
-        q_layout, kv_layout = attention.layout(q, k, v, grid)
-        q, k, v = permute_qkv(q_layout, kv_layout, q, k, v)
-        scores = attention.estimator(q, k, v, q_layout, kv_layout)
-        return Layer(index, attention, q, k, v, q_layout.permute(out.detach()), scores)
+            visit(Seen(index, call, partial(_projected, own, measure == "velocity")))
+        del call, own  # before the next block's graph
 
 
 def _gradients(
@@ -159,6 +163,10 @@ class _Projected:
         return torch.stack(squares).mean(0)
 
 
+def _projected(gradients: list[Tensor], as_a_whole: bool, order: BlockLayout) -> _Projected:
+    return _Projected(as_a_whole, [order.permute(gradient).float() for gradient in gradients])
+
+
 @dataclass(frozen=True)
 class _Replaced:
     """The change of the velocity when one head's output is replaced: a forward pass a head."""
@@ -167,10 +175,11 @@ class _Replaced:
     module: nn.Module
     sample: Sample
     velocity: Tensor
+    order: BlockLayout
 
     @torch.no_grad()
     def __call__(self, layer: Layer, change: Tensor) -> Tensor:
-        change = layer.scores.q_layout.unpermute(change)
+        change = self.order.unpermute(change)
         norm = self.velocity.flatten(1).norm(dim=1)
         errors = []
         for head in range(change.shape[1]):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gossamer.sparse.allocation import coverage
-from gossamer.sparse.attach import attach, attentions, mask_parameters, method_from_spec
+from gossamer.sparse.attach import attach, mask_parameters, method_from_spec
 from gossamer.sparse.attention import SparseAttention, SparseMethod
 from gossamer.sparse.layouts.per_head import PerHead
 from gossamer.train.config import build
@@ -26,7 +26,7 @@ from gossamer.train.distiller import Distiller
 from gossamer.train.draws import Noised
 from gossamer.train.live_bytes import GRADIENTS, OTHER, LikeCuda, LiveBytes
 from gossamer.train.lora import insert_adapters
-from gossamer.train.measures import Layer, Sample, visit_layers
+from gossamer.train.measures import Sample, Seen, visit_layers
 from gossamer.train.model import blocks_of
 from gossamer.train.refusal import Refusal
 from gossamer.train.teacher import Cached, Frozen, Offloaded, Shared
@@ -172,15 +172,16 @@ def estimate_calibration(
     for tensor in (*teacher.parameters(), *teacher.buffers()):
         live.count(tensor, "weights")
     heads, width = teacher.config.num_attention_heads, teacher.config.attention_head_dim
-    sparse = [SparseAttention(method, heads, width).to(META) for _ in attentions(teacher)]
+    sparse = SparseAttention(method, heads, width).to(META)
 
     visited: list[int] = []
 
-    def visit(layer: Layer) -> None:
-        visited.append(layer.index)
+    def visit(seen: Seen) -> None:
+        visited.append(seen.index)
         if len(visited) > 1:
             return  # the first has the most beside it: the inputs of all blocks
         live.phase = "a layer's masks"
+        layer = seen.under(sparse)
         mask = layer.mask(layer.attention.policy)
         if measure:
             layer.error(mask)
@@ -202,7 +203,6 @@ def estimate_calibration(
         with like.autocast(dtype):
             visit_layers(
                 teacher,
-                sparse,
                 sample,
                 visit,
                 measure="velocity" if measure == "velocity_exact" else measure,

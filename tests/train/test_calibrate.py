@@ -255,10 +255,10 @@ def refuse_the_first_sample() -> None:
     """Let the process that measures the first noise level refuse: of two, the first one."""
     visit = gauge.visit_layers
 
-    def refusing(teacher: Any, sparse: Any, sample: Any, *args: Any, **options: Any) -> None:
+    def refusing(teacher: Any, sample: Any, *args: Any, **options: Any) -> None:
         if sample.level == 0:
             raise Refusal("sample", "first", "none", "leave it out")
-        visit(teacher, sparse, sample, *args, **options)
+        visit(teacher, sample, *args, **options)
 
     gauge.visit_layers = refusing
 

@@ -123,7 +123,7 @@ def test_the_estimate_is_within_10_percent_of_what_a_calibration_allocates(
             gauge = calibrator(cfg, LATENT, TEXT, torch.device("cpu")).gauge
             layers = len(gauge.layers)
             if "layout=per_head" in settings:
-                gauge.arrange([[4, 4]] * layers)  # in clusters
+                gauge.choice = [[4, 4]] * layers  # in clusters
             measure, half = build(cfg.allocation).measure, torch.full((layers, 2), 0.5)
             gauge.curves(measure)
             gauge.outcome(half, half, measure)

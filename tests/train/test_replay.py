@@ -14,7 +14,7 @@ from gossamer.sparse.estimators.mean_pool import MeanPool
 from gossamer.sparse.layout import RowMajor
 from gossamer.sparse.policies import Hybrid
 from gossamer.train.live_bytes import LiveBytes
-from gossamer.train.measures import Layer, Measure, Sample, visit_layers
+from gossamer.train.measures import Measure, Sample, Seen, visit_layers
 from gossamer.train.model import velocity
 from gossamer.train.replay import blocks_kept, hooked, replay
 
@@ -80,15 +80,17 @@ def peak(layers: int, measure: Measure) -> int:
     sparse = [SparseAttention(method, 2, 16) for _ in range(layers)]
     visited: list[int] = []
 
-    def visit(layer: Layer) -> None:
-        visited.append(layer.index)
-        layer.error(layer.mask(layer.attention.policy))
+    def visit(seen: Seen) -> None:
+        visited.append(seen.index)
+        for _ in range(2):
+            layer = seen.under(sparse[seen.index])
+            layer.error(layer.mask(layer.attention.policy))
 
     for parameter in model.parameters():
         live.count(parameter, "weights")
     with live:
         probes = [torch.randn_like(given.x) for _ in range(3)]
-        visit_layers(model, sparse, given, visit, measure=measure, probes=probes)
+        visit_layers(model, given, visit, measure=measure, probes=probes)
     assert sorted(visited) == list(range(layers))
     return live.peak["activations"]
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from gossamer.sparse.attach import attentions, method_from_spec
 from gossamer.sparse.attention import SparseAttention
 from gossamer.train.evaluate import evenly, noisy_samples
-from gossamer.train.measures import Layer, visit_layers
+from gossamer.train.measures import Seen, visit_layers
 
 if TYPE_CHECKING:
     from gossamer.train.job import Job
@@ -40,17 +40,20 @@ def mass_curves(job: "Job", clips: int, shares: Sequence[float] = SHARES) -> Ten
     heads = int(teacher.config.num_attention_heads)  # type: ignore[arg-type]
     width = int(teacher.config.attention_head_dim)  # type: ignore[arg-type]
     method = method_from_spec(job.method_spec)
-    sparse = [SparseAttention(method, heads, width).to(job.device) for _ in attentions(teacher)]
-    found = torch.zeros(len(sparse), len(levels), heads, len(shares), dtype=torch.float64)
+    attention = SparseAttention(method, heads, width).to(job.device)
+    found = torch.zeros(
+        len(attentions(teacher)), len(levels), heads, len(shares), dtype=torch.float64
+    )
 
     for sample in tqdm(samples, desc="attention mass", unit="batch"):
         of_level = found[:, sample.level]
 
-        def visit(layer: Layer, of_level: Tensor = of_level) -> None:
-            of_level[layer.index] += best_mass(layer.mass, shares).cpu() / len(chosen)
+        def visit(seen: Seen, of_level: Tensor = of_level) -> None:
+            mass = seen.under(attention).mass
+            of_level[seen.index] += best_mass(mass, shares).cpu() / len(chosen)
 
         with job.autocast():
-            visit_layers(teacher, sparse, sample, visit, measure=None)
+            visit_layers(teacher, sample, visit, measure=None)
     return found
 
 
