@@ -39,6 +39,7 @@ class Sample:
     target: Tensor | None = None  # noise - latent, for the Fisher weights
 
 
+REPLAYED = ("fisher", "velocity", "velocity_exact")  # measures that run each block again
 Effect = Callable[["Layer", Tensor], Tensor]  # layer, change of its output [B, H, S, D] -> [B, H]
 
 
@@ -109,7 +110,7 @@ def visit_layers(
     the forward pass, else each block is run again, the last first, and only their inputs are kept.
     """
     modules = list(attentions(teacher).values())
-    if measure not in ("fisher", "velocity", "velocity_exact"):
+    if measure not in REPLAYED:
 
         def now(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
             index = modules.index(module)

@@ -7,7 +7,7 @@ fragmentation, torch.compile's savings.
 """
 
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from gossamer.train.distiller import Distiller
 from gossamer.train.draws import Noised
 from gossamer.train.live_bytes import GRADIENTS, OTHER, LikeCuda, LiveBytes
 from gossamer.train.lora import insert_adapters
-from gossamer.train.measures import Sample, Seen, visit_layers
+from gossamer.train.measures import REPLAYED, Sample, Seen, visit_layers
 from gossamer.train.model import blocks_of
 from gossamer.train.refusal import Refusal
 from gossamer.train.teacher import Cached, Frozen, Offloaded, Shared
@@ -173,13 +173,12 @@ def estimate_calibration(
         live.count(tensor, "weights")
     heads, width = teacher.config.num_attention_heads, teacher.config.attention_head_dim
     sparse = SparseAttention(method, heads, width).to(META)
-
     visited: list[int] = []
 
     def visit(seen: Seen) -> None:
         visited.append(seen.index)
         if len(visited) > 1:
-            return  # the first has the most beside it: the inputs of all blocks
+            return
         live.phase = "a layer's masks"
         layer = seen.under(sparse)
         mask = layer.mask(layer.attention.policy)
@@ -188,6 +187,8 @@ def estimate_calibration(
         coverage(layer.scores)
         mask.captured(layer.mass)
         live.phase = "a block's pass"
+        if measure in REPLAYED:  # the first has the most beside it: the inputs of all blocks
+            raise _Enough
 
     clips, at_once = cfg.calibration.clips, cfg.evaluation.batch_size
     sizes = [min(at_once, clips - first) for first in range(0, clips, at_once)]
@@ -200,7 +201,7 @@ def estimate_calibration(
         first = given[0]
         sample = Sample(0, first.x, first.t, first.text, first.condition, first.velocity)
         live.phase = "a block's pass"
-        with like.autocast(dtype):
+        with like.autocast(dtype), suppress(_Enough):
             visit_layers(
                 teacher,
                 sample,
@@ -258,6 +259,10 @@ def _student(cfg: DictConfig, model: nn.Module, like: LikeCuda) -> nn.Module:
 def _method(cfg: DictConfig) -> SparseMethod:
     names = ("layout", "estimator", "policy", "compensation")
     return method_from_spec({**{name: build(cfg[name]) for name in names}, "backend": "auto"})
+
+
+class _Enough(Exception):
+    """Ends a pass whose peak is behind it."""
 
 
 class _Given:
