@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from gossamer.sparse.allocation import coverage
 from gossamer.sparse.attach import attach, mask_parameters, method_from_spec
 from gossamer.sparse.attention import SparseAttention, SparseMethod
+from gossamer.sparse.compensation import Drop
+from gossamer.sparse.filtered_drop import FilteredDrop
 from gossamer.sparse.layouts.per_head import PerHead
 from gossamer.train.config import build
 from gossamer.train.distiller import Distiller
@@ -168,6 +170,8 @@ def estimate_calibration(
     if isinstance(method.layout, PerHead):
         method = replace(method, layout=method.layout.clusters)
         measure = measure or "output"  # by which orders are compared
+    if isinstance(method.compensation, FilteredDrop):  # which has no fake, and takes as much
+        method = replace(method, compensation=Drop())
     teacher = attach(_cast(source.skeleton(), weights), None).requires_grad_(False).eval()
     for tensor in (*teacher.parameters(), *teacher.buffers()):
         live.count(tensor, "weights")

@@ -240,6 +240,22 @@ def test_every_kind_of_mask_can_be_planned(settings: list[str]) -> None:
     assert plain.total * 0.9 < other.total < plain.total * 1.5
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["allocation=error_bound", "compensation=filtered_drop"],
+        ["layout=semantic_clusters", "estimator=error_aware", "policy=error_budget"],
+        ["layout=head_pattern", "estimator=head_pattern", "allocation=fixed"],
+        ["estimator=oracle", "allocation.measure=velocity_exact"],
+        ["estimator=router", "policy=trained_hybrid", "compensation=linear"],
+    ],
+)
+def test_the_calibration_of_every_kind_of_mask_can_be_planned(settings: list[str]) -> None:
+    plain = estimate_calibration(config(), LATENT, TEXT, dtype=torch.bfloat16)
+    other = estimate_calibration(config(*settings), LATENT, TEXT, dtype=torch.bfloat16)
+    assert plain.total * 0.9 < other.total < plain.total * 1.1
+
+
 def test_the_advice_names_three_settings_that_are_not_used_yet() -> None:
     assert advice(config()) == (
         "gradient_checkpointing=true, teacher=cached noise_draws=16, optimizer=adamw_8bit"
