@@ -81,7 +81,7 @@ def test_a_step_that_is_counted_all_the_same_is_noticed(
     monkeypatch.setattr(Health, "judge", lambda self, step, measured: "")
     with pytest.raises(Refusal, match="NaN or infinity"):  # the checkpoint's own last line
         assert_left_out(make_job(), tmp_path / "nan", math.nan)
-    monkeypatch.setattr(loop.checkpoint, "_check_finite", lambda tensors: None)
+    monkeypatch.setattr(loop.checkpoint, "_first_not_finite", lambda tensors: None)
     with pytest.raises(AssertionError):
         assert_left_out(make_job(), tmp_path, math.nan)
 
