@@ -57,7 +57,9 @@ def trained(make_job: Any, name: str, **settings: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("quick", ["aot_eager"], indirect=True)  # gradients as well
-@pytest.mark.parametrize(("teacher", "guidance"), [("frozen", 3.0), ("shared", 1.0)])
+@pytest.mark.parametrize(
+    ("teacher", "guidance"), [("frozen", 3.0), pytest.param("shared", 1.0, marks=pytest.mark.full)]
+)
 def test_compiled_student_and_teacher_train_as_eager_ones(
     teacher: str, guidance: float, make_job: Any
 ) -> None:
@@ -91,6 +93,7 @@ def test_a_second_seed_and_a_second_method_compile_nothing_new(make_job: Any) ->
     np.testing.assert_allclose(both, eager, rtol=1e-5)
 
 
+@pytest.mark.full
 def test_a_job_of_another_model_starts_anew_and_holds_nothing_of_the_last(make_job: Any) -> None:
     kept: dict[Any, Any] = {}
 
