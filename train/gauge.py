@@ -121,7 +121,11 @@ class Gauge:
                 sizes = layer.scores.q_layout.sizes.double()
                 weight = (sizes / sizes.sum(-1, keepdim=True)).expand(covered.shape[:3])
                 density = torch.einsum("bhqk,bhq->hk", covered, weight)
-            for point in self._points(num_blocks).tolist():
+            points = self._points(num_blocks)
+            if by_blocks and not measure:  # then no mask is needed
+                nothing = torch.zeros(self.heads, len(points))
+                return density, nothing, nothing
+            for point in points.tolist():
                 mask = layer.mask(self._policy(torch.full((self.heads,), point / num_blocks)))
                 costs.append(mask.density.sum(0))
                 errors.append(layer.error(mask).sum(0) if measure else torch.zeros(self.heads))

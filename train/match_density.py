@@ -15,6 +15,7 @@ from gossamer.sparse.attach import attentions
 from gossamer.sparse.attention import SparseAttention
 from gossamer.sparse.policies import Hybrid
 from gossamer.train.config import build
+from gossamer.train.loop import mean_density
 from gossamer.train.measures import Sample
 from gossamer.train.model import velocity
 from gossamer.train.refusal import Refusal
@@ -77,7 +78,6 @@ def _density(model: nn.Module, samples: list[Sample]) -> float:
     total, count = 0.0, 0
     for sample in samples:
         velocity(model, sample.x, sample.t, sample.text, sample.condition)
-        masks = [a.mask for a in attentions(model).values() if isinstance(a, SparseAttention)]
-        total += float(torch.stack([mask.density.mean() for mask in masks]).mean()) * len(sample.t)
+        total += mean_density(model) * len(sample.t)
         count += len(sample.t)
     return total / count
