@@ -132,5 +132,7 @@ def _order(case: str) -> tuple[str, int]:
 
 
 def commit() -> str:
+    """Return what git says, or the variable COMMIT where the tree is a copy."""
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    said = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return said or os.environ.get("COMMIT", "unknown")
