@@ -14,7 +14,7 @@ from gossamer.train.weights import check_weights, load_whole
 
 CONFIG_FILE = "config.json"
 # Fused row and column reductions return gradients of a wrong shape for one clip on a GPU
-# (pytorch/pytorch#178080). Tuning takes 15 s longer to compile and 4 % off a step at 1.3B.
+# (pytorch/pytorch#178080). Tuned kernels take 4 % off a sparse step at 1.3B, for longer compiling.
 INDUCTOR: dict[str, Any] = {
     "triton.mix_order_reduction": False,
     "coordinate_descent_tuning": True,
