@@ -147,7 +147,7 @@ class Step:
             add_adapters(student, cfg.lora, 0)
         _cast(student, weights).to(device).train()
         if cfg.compile:
-            compile_blocks(student)
+            compile_blocks(student, tuned=cfg.compile_tuned)
         loss = build(cfg.loss)
         teacher = self._teacher(source, latent, clips, weights) if loss.needs_teacher else None
         self.distiller = Distiller(

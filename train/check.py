@@ -71,6 +71,7 @@ def preflight(
     codec, text = build(cfg.codec), build(cfg.text)
     settings = check_data(cfg, stages, codec, text, source.condition)
     check_training_data(cfg)
+    _check_compile(cfg)
     check_extra(list(cfg.evaluation.extra))
     latents = [codec.latent_shape(*size) for size in buckets_of(settings)]
     latent = max(latents, key=prod)
@@ -139,6 +140,11 @@ def attention_dtype(precision: str | None = None) -> torch.dtype:
             "mixed_precision", precision, "no or bf16", "accelerate launch --mixed_precision bf16"
         )
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _check_compile(cfg: DictConfig) -> None:
+    if cfg.compile_tuned and not cfg.compile:
+        raise Refusal("compile_tuned", "true", "false where compile is false", "set compile=true too")
 
 
 def _check_channels(model: nn.Module, channels: int, condition: str) -> None:

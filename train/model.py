@@ -14,12 +14,9 @@ from gossamer.train.weights import check_weights, load_whole
 
 CONFIG_FILE = "config.json"
 # Fused row and column reductions return gradients of a wrong shape for one clip on a GPU
-# (pytorch/pytorch#178080). Tuned kernels take 4 % off a sparse step at 1.3B, for longer compiling.
-INDUCTOR: dict[str, Any] = {
-    "triton.mix_order_reduction": False,
-    "coordinate_descent_tuning": True,
-    "max_autotune_pointwise": True,
-}
+# (pytorch/pytorch#178080).
+INDUCTOR: dict[str, Any] = {"triton.mix_order_reduction": False}
+TUNED: dict[str, Any] = {"coordinate_descent_tuning": True, "max_autotune_pointwise": True}
 
 
 class ModelSource(Protocol):
@@ -140,10 +137,13 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [model.get_submodule(name.rpartition(".")[0]) for name in names]
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compile each transformer block in place; equal blocks share their code."""
+def compile_blocks(model: nn.Module, *, tuned: bool = False) -> None:
+    """Compile each transformer block in place; equal blocks share their code.
+
+    `tuned`: Inductor times several tilings of each fused kernel, and takes the best.
+    """
     for block in blocks_of(model):
-        block.compile(options=INDUCTOR)
+        block.compile(options=INDUCTOR | TUNED if tuned else INDUCTOR)
 
 
 def velocity(

@@ -180,7 +180,7 @@ def _train_seeds(job: "Job") -> None:
             tracker.start(folder, config)
         student = job.student_on_cpu(seed)
         if job.cfg.compile:
-            compile_blocks(student)
+            compile_blocks(student, tuned=job.cfg.compile_tuned)
         try:
             loop.train(
                 Distiller(student, teacher, loss, job.draws(seed)),

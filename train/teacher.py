@@ -38,7 +38,7 @@ class Frozen:
     def start(self, job: "Job") -> None:
         model = job.dense_on_cpu()
         if job.cfg.compile:
-            compile_blocks(model)
+            compile_blocks(model, tuned=job.cfg.compile_tuned)
         self.model = job.guided(job.parallel.place(model))
 
     def velocity(self, student: nn.Module, noised: Noised) -> Tensor:

@@ -15,6 +15,7 @@ import torch._dynamo.utils as dynamo
 from torch import nn
 
 from gossamer.train import model as models
+from gossamer.train.check import preflight
 from gossamer.train.compiling import compiling, no_silent_fallback
 from gossamer.train.model import blocks_of, velocity
 from gossamer.train.refusal import Refusal
@@ -136,6 +137,23 @@ def test_the_variant_after_the_last_is_refused_not_run_eagerly() -> None:
     with no_silent_fallback():
         assert torch.equal(compiled(x, "d"), 2 * x)
     assert torch._dynamo.config.recompile_limit == 8
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_tuning_is_for_student_and_teacher_or_for_none(
+    tuned: bool, make_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda block, options: given.append(options))
+    train_stage(make_job(compile=True, compile_tuned=tuned, steps=1))
+    assert len(given) == 2 * make_job().source.skeleton().config.num_layers
+    expected = models.INDUCTOR | (models.TUNED if tuned else {})
+    assert all(options == expected for options in given)
+
+
+def test_tuning_without_compiled_code_is_refused(make_job: Any) -> None:
+    with pytest.raises(Refusal, match="compile_tuned=true: allowed is false where compile is false"):
+        preflight(make_job(compile_tuned=True).cfg, ["train"])
 
 
 def test_a_run_that_is_not_compiled_changes_no_setting(make_job: Any) -> None:

@@ -203,7 +203,8 @@ def test_a_text_encoder_without_a_umt5_config_is_refused(text: str, tmp_path: Pa
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_compiled_blocks_give_the_gradients_of_eager_ones_for_one_clip() -> None:
+@pytest.mark.parametrize("tuned", [False, True])
+def test_compiled_blocks_give_the_gradients_of_eager_ones_for_one_clip(tuned: bool) -> None:
     # large enough that Inductor would fuse reductions over rows with those over columns
     shape = {"head_dim": 128, "num_heads": 8, "ffn_dim": 2048, "text_dim": 64}
     model = attach(scratch(**shape, channels=16).load(0).cuda(), None)
@@ -217,7 +218,7 @@ def test_compiled_blocks_give_the_gradients_of_eager_ones_for_one_clip() -> None
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     eager = gradients()
-    compile_blocks(model)
+    compile_blocks(model, tuned=tuned)
     compiled = gradients()
     assert compiled.keys() == eager.keys()
     for name, gradient in eager.items():

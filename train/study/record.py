@@ -61,7 +61,7 @@ class Results:
 
         Compiled code finds the same but for rounding.
         """
-        free = (*PLACE_KEYS, *FREE_KEYS, "compile")
+        free = (*PLACE_KEYS, *FREE_KEYS, "compile", "compile_tuned")
         return fingerprint(cfg, ["stages", *(key for key in map(str, cfg) if key not in free)])
 
     def metrics_of(self, cfg: DictConfig) -> dict[str, Any] | None:
