@@ -144,7 +144,8 @@ def attention_dtype(precision: str | None = None) -> torch.dtype:
 
 def _check_compile(cfg: DictConfig) -> None:
     if cfg.compile_tuned and not cfg.compile:
-        raise Refusal("compile_tuned", "true", "false where compile is false", "set compile=true too")
+        allowed = "false where compile is false"
+        raise Refusal("compile_tuned", "true", allowed, "set compile=true too")
 
 
 def _check_channels(model: nn.Module, channels: int, condition: str) -> None:
