@@ -341,7 +341,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--latent", default="480p", help=f"{', '.join(LATENTS)} or CxFxHxW")
     parser.add_argument("--text", type=int, default=512, help="text tokens")
     parser.add_argument("--weights", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--only", help="variants that have this in their name; dense first")
+    parser.add_argument("--only", default="", help="parts of names, such as dense,cached")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="add the kernels of most time")
     parser.add_argument("--commit", default="")
@@ -361,7 +361,7 @@ def main(arguments: list[str]) -> int:
     rows: list[Row] = []
     options.out.mkdir(parents=True, exist_ok=True)
     for name, more in VARIANTS.items():
-        if options.only and options.only not in name:
+        if not any(part in name for part in options.only.split(",")):
             continue
         cfg = config(*options.overrides, *more, shape=options.shape)
         clips = cfg.batch_size // cfg.grad_accumulation

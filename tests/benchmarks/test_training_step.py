@@ -44,6 +44,15 @@ def test_the_table_has_the_parts_of_all_three_steps(
     assert all(row["estimated"] > 0 and min(row["ms"].values()) >= 0 for row in rows.values())
 
 
+def test_only_some_steps_are_timed(tmp_path: Path) -> None:
+    size = ["--latent", "4x2x8x16", "--text", "4", "--steps", "1"]
+    chosen = ["--out", str(tmp_path), "--only", "dense,cached"]
+    assert training_step.main([*chosen, *size, *TINY]) == 0
+    rows = json.loads((tmp_path / "training_step.json").read_text())["rows"]
+    names = [row["variant"] for row in rows]
+    assert names == ["dense fine-tuning", "sparse, cached velocities"]
+
+
 def test_ratios_are_to_the_first_row_and_memory_stands_beside_its_estimate() -> None:
     dense = Row("dense", 1.0, {"forward": 100, "backward": 200, "optimizer": 30}, 10 << 30, 9 << 30)
     parts = {"teacher": 90.0, "forward": 40.0, "backward": 60.0, "optimizer": 10.0}
