@@ -48,7 +48,7 @@ class Pulse:
             # Clones: a store's client serves one call at a time, and some wait for hours.
             store: Any = dist.distributed_c10d._get_default_store()
             self._store = PrefixStore("pulse", store.clone())
-            if int(os.environ.get("LOCAL_WORLD_SIZE", self._world)) < self._world:
+            if _has_machines():
                 self._store.set(f"host {self._rank}", socket.gethostname())
             self._looked = time.monotonic()
             self._thread = threading.Thread(target=self._watch, args=(store.clone(),), daemon=True)
@@ -72,7 +72,8 @@ class Pulse:
             last = f"{_ENDED}{missing}"
         elif error is not None and not isinstance(error, SystemExit):  # which all agreed on
             last = f"{_FAILED}: {' '.join(f'{type(error).__name__} {error}'.split())[:300]}"
-            log.error("process %d of %d %s", self._rank, self._world, last)
+            if not isinstance(error, Refusal):  # which the command line says
+                log.error("process %d of %d %s", self._rank, self._world, last)
         say = threading.Thread(target=self._say, args=(last,), daemon=True)
         say.start()
         say.join(2 * BEAT)  # the store may not answer any more
@@ -172,10 +173,14 @@ def is_of_a_peer(error: BaseException | None) -> bool:
     return has_no_class or isinstance(error, dist.DistError)
 
 
+def _has_machines() -> bool:
+    """Say whether the launcher started the run on several machines."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+
+
 def _place() -> str:
     """Return where the processes met, if on several machines, as a part of a sentence."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if os.environ.get("LOCAL_WORLD_SIZE", world) == world:
+    if not _has_machines():
         return ""
     return f" at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
