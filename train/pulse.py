@@ -64,7 +64,8 @@ class Pulse:
     ) -> None:
         if self._thread is None:
             return
-        missing = self._missing() if is_of_a_peer(error) else ""
+        # on one machine its launcher says at once which process it was
+        missing = self._missing() if _has_machines() and is_of_a_peer(error) else ""
         self._stop.set()
         self._thread.join(2 * BEAT)
         last = _LEFT
