@@ -113,6 +113,14 @@ def preflight(
     return facts
 
 
+def check_launch(cfg: DictConfig) -> None:
+    """Refuse a launch that accelerate, which comes next, would take as another or fail at."""
+    require_complete(cfg)
+    check_device(cfg.device)
+    Launch.read()
+    attention_dtype()
+
+
 def is_sparse(cfg: DictConfig) -> bool:
     """Say whether the run's attention is sparse: to a sparsity above 0, or to an error budget."""
     return cfg.error_budget is not None or cfg.sparsity > 0

@@ -2,7 +2,11 @@
 
 import hashlib
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+SEEN = 30.0  # seconds until the other machines see what one wrote: NFS remembers that it was not
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -43,3 +47,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_seen(look: Callable[[], bool]) -> bool:
+    """Look for what another machine wrote until it is there, for SEEN seconds."""
+    end = time.monotonic() + SEEN
+    while not (found := look()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return found

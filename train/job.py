@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from copy import deepcopy
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from gossamer import __version__
 from gossamer.sparse.allocation import ErrorBound, Fixed
 from gossamer.sparse.attach import attach, method_from_spec
 from gossamer.train import checkpoint, progress
 from gossamer.train.calibrate import Calibrator
 from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
-from gossamer.train.check import is_sparse, preflight
+from gossamer.train.check import check_launch, is_sparse, preflight
 from gossamer.train.codec import Codec, load_codec
 from gossamer.train.config import build, data_dir, data_url, fingerprint, save_config
 from gossamer.train.data.dataset import LatentDataset, SomeClips
@@ -34,10 +36,11 @@ from gossamer.train.lora import add_adapters, check_base
 from gossamer.train.memory_limit import within_memory
 from gossamer.train.negative import is_needed, load_negative
 from gossamer.train.parallel import Parallel
-from gossamer.train.processes import on_main
+from gossamer.train.processes import Together, accepted, check_alike, on_main, said_once
 from gossamer.train.pulse import Pulse, meeting
+from gossamer.train.redact import redact
 from gossamer.train.refusal import Refusal
-from gossamer.train.run_dir import CONFIG, check_run_dir
+from gossamer.train.run_dir import CONFIG, PER_PROCESS, check_run_dir, flat
 from gossamer.train.run_lock import RunLock
 from gossamer.train.teacher import Guided, Teacher
 
@@ -72,6 +75,10 @@ class Job:
     def parallel(self) -> Parallel:
         """Return how the processes share the training; all of them call it first together."""
         return Parallel(self.accelerator, Launch.read(), self.cfg.sequence_parallel)
+
+    @cached_property
+    def together(self) -> Together:
+        return Together(self.accelerator.process_index, self.accelerator.num_processes)
 
     @property
     def device(self) -> torch.device:
@@ -355,8 +362,9 @@ def run(
 
     start = time.monotonic()
     todo = list(stages if stages is not None else cfg.stages)
-    preflight(cfg, todo)
+    check_launch(cfg)
     job = Job(cfg, make_accelerator(cfg), todo, kept)
+    together = job.together
     table: dict[str, Callable[[Job], None]] = {
         "encode": encode_stage,
         "calibrate": calibrate_stage,
@@ -373,14 +381,20 @@ def run(
 
     with ExitStack() as stack:
         stack.enter_context(Pulse(job.accelerator))
+        lock = RunLock(job.run_dir)
 
         def open_run_dir() -> None:
-            stack.enter_context(RunLock(job.run_dir))
+            stack.enter_context(lock)
             check_run_dir(cfg, job.run_dir)
             check_export(job)
             save_config(cfg, job.run_dir / CONFIG)
 
+        if together.processes > 1:
+            with said_once(job.accelerator):
+                check_alike(_shared_settings(job), job.accelerator)
+        accepted(partial(preflight, cfg, todo), together)
         on_main(open_run_dir, job.accelerator)
+        accepted(partial(lock.check_seen, together.gather(lock.holder)[0]), together)
         job.log("device %s, attention backend %s, run %s", job.device, cfg.backend, job.run_dir)
         for stage in (s for s in table if s in todo):
             if stage in everyone:
@@ -407,6 +421,13 @@ def make_accelerator(cfg: DictConfig) -> Accelerator:
             "mixed_precision", accelerator.mixed_precision, "no or bf16", "launch with bf16"
         )
     return accelerator
+
+
+def _shared_settings(job: Job) -> dict[str, object]:
+    """Return what decides a run's result and its order of calls, but for the data itself."""
+    launch, software = asdict(Launch.read()), {"gossamer": __version__, "torch": torch.__version__}
+    precision = {"mixed_precision": job.accelerator.mixed_precision}
+    return {**redact(flat(job.cfg, PER_PROCESS)), **launch, **precision, **software}
 
 
 def _finish(job: Job, stages: list[str], seconds: float) -> dict[str, Any]:

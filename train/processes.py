@@ -1,7 +1,8 @@
 """What the processes of one run do together."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -42,18 +43,19 @@ class Together:
 ALONE = Together()
 
 
-def accepted(work: Callable[[], None], together: Together) -> None:
-    """Do work in each process; a refusal in any ends all, and the first that has one says why."""
+def accepted(work: Callable[[], Any], together: Together) -> None:
+    """Do work in each process; a refusal in any ends all, and the first process says why."""
     refusal = None
     try:
         work()
     except Refusal as error:
         refusal = error
-    refused = together.gather(refusal is not None)
-    if refusal is not None and not any(refused[: together.rank]):
-        raise refusal
-    if any(refused):
-        raise SystemExit(REFUSED)
+        if not together.is_first:
+            refusal = error.by(f"process {together.rank} on {socket.gethostname()}")
+    for first in filter(None, together.gather(refusal)):
+        if together.is_first:
+            raise first
+        raise SystemExit(first.code)
 
 
 def agreed(value: bool, accelerator: Accelerator) -> bool:
@@ -65,6 +67,18 @@ def averaged(numbers: list[float], accelerator: Accelerator) -> list[float]:
     """Return the mean of each number over the processes, the same in all."""
     rows = accelerator.gather(torch.tensor([numbers], device=accelerator.device)).tolist()
     return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+
+def check_alike(own: Mapping[str, object], accelerator: Accelerator) -> None:
+    """Refuse, in all processes alike, values of which another process has others than the first."""
+    first, *others = gather_object([dict(own)])
+    for rank, other in enumerate(others, start=1):
+        odd = sorted(n for n in first.keys() | other.keys() if first.get(n) != other.get(n))
+        if odd:
+            shown = f"{first.get(odd[0])} in process 0, {other.get(odd[0])} in process {rank}"
+            more = f" (also different: {', '.join(odd[1:6])})" if odd[1:] else ""
+            fix = f"give every accelerate launch the same command and software{more}"
+            raise Refusal(odd[0], shown, "the same for all processes", fix)
 
 
 def check_same(field: str, value: object, accelerator: Accelerator, fix: str) -> None:

@@ -18,6 +18,10 @@ class Refusal(ValueError):
         super().__init__(redact(line))
         self.field = field
 
+    def by(self, who: str) -> "Refusal":
+        """Return the same refusal with a word on who met it."""
+        return _restored(type(self), f"{self} ({who})", self.field)
+
     def __reduce__(self) -> tuple[Any, tuple[type, str, str]]:
         return _restored, (type(self), str(self), self.field)
 

@@ -25,6 +25,7 @@ FREE_KEYS = (
     "sequence_parallel",
 )
 FREE_DATA_KEYS = ("data.cache", "data.cache_gb")
+PER_PROCESS = ("num_workers", "debug")  # may differ between the processes of a run
 PLACE_KEYS = ("name", "runs_dir", "run_dir")
 
 
@@ -36,11 +37,11 @@ def check_run_dir(cfg: DictConfig, run_dir: Path) -> None:
     if cfg.resume == "never":
         raise Refusal("run_dir", run_dir, "a new folder (resume=never)", "set name=NEW")
     try:
-        before = _flat(OmegaConf.load(path))
+        before = flat(OmegaConf.load(path))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         fix = f"set name=NEW, or delete it to go on with this config: {error}"
         raise Refusal("run_dir", path, "a config that can be read", fix) from error
-    now = _flat(cfg)
+    now = flat(cfg)
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     if not changed:
         return
@@ -55,19 +56,19 @@ def check_run_dir(cfg: DictConfig, run_dir: Path) -> None:
     log.warning("resume=force: going on although these keys changed: %s", shown)
 
 
-def _flat(cfg: Any) -> dict[str, Any]:
-    """Return dotted key -> value of what decides a run's result."""
-    flat: dict[str, Any] = {}
+def flat(cfg: Any, free: tuple[str, ...] = (*FREE_KEYS, *PLACE_KEYS)) -> dict[str, Any]:
+    """Return dotted key -> value of what decides a run's result: of all but the `free` keys."""
+    found: dict[str, Any] = {}
 
     def walk(prefix: str, node: Any) -> None:
         if isinstance(node, dict):
             for key, value in node.items():
                 walk(f"{prefix}.{key}".lstrip("."), value)
         elif prefix not in FREE_DATA_KEYS:
-            flat[prefix] = node
+            found[prefix] = node
 
     container = OmegaConf.to_container(cfg, resolve=True)
     if not isinstance(container, dict):
         raise ValueError("it holds no keys")
-    walk("", {k: v for k, v in container.items() if k not in FREE_KEYS + PLACE_KEYS})
-    return flat
+    walk("", {k: v for k, v in container.items() if k not in free})
+    return found

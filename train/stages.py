@@ -17,10 +17,11 @@ from gossamer.train.config import build, data_dir, data_url, encode_settings
 from gossamer.train.data.encode import encode
 from gossamer.train.data.shards import Manifest
 from gossamer.train.distiller import Distiller
-from gossamer.train.files import write_atomic
+from gossamer.train.files import is_seen, write_atomic
 from gossamer.train.model import compile_blocks
 from gossamer.train.negative import store_negative
-from gossamer.train.processes import agreed, check_same, on_main, said_once
+from gossamer.train.processes import accepted, agreed, check_same, on_main, said_once
+from gossamer.train.refusal import Refusal
 from gossamer.train.run_lock import RunLock
 from gossamer.train.teach import write_cache
 from gossamer.train.teacher import Cached
@@ -39,6 +40,7 @@ def encode_stage(job: "Job") -> None:
     What is there already stays. All processes share the velocities.
     """
     on_main(partial(_encode_data, job), job.accelerator)
+    accepted(partial(_check_encoded, job), job.together)
     teacher = build(job.cfg.teacher)
     if isinstance(teacher, Cached):
         write_cache(job, teacher.folder(job.cfg))
@@ -64,6 +66,13 @@ def _encode_data(job: "Job") -> None:
         )
     store_negative(job.cfg, text)
     check_splits(manifest, folder, job.stages)
+
+
+def _check_encoded(job: "Job") -> None:
+    folder = data_dir(job.cfg)
+    if not is_seen(lambda: Manifest.load(folder) is not None):
+        fix = "put it on a disk that all machines share, or a copy of it on each"
+        raise Refusal("data.dir", folder, "encoded data, which process 0 has there", fix)
 
 
 def calibrate_stage(job: "Job") -> None:

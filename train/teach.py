@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gossamer.train.data.dataset import LatentDataset, collate
-from gossamer.train.files import sha256, write_atomic
-from gossamer.train.processes import on_main
+from gossamer.train.files import is_seen, sha256, write_atomic
+from gossamer.train.processes import accepted, agreed, on_main
 from gossamer.train.refusal import Refusal
 from gossamer.train.velocities import (
     MANIFEST,
@@ -42,20 +42,32 @@ def write_cache(job: "Job", folder: Path) -> None:
 
     Raises Refusal where the folder holds a cache of another run.
     """
-    on_main(partial(_begin, job, folder), job.accelerator)
-    if (folder / MANIFEST).is_file():
+    is_done = on_main(partial(_begin, job, folder), job.accelerator)
+    if agreed(bool(is_done), job.accelerator):
         return
+    begun = job.together.gather(_text(folder / BEGUN) if job.together.is_first else "")[0]
+    accepted(partial(_check_begun, folder, begun), job.together)
     _write_files(job, folder)
     job.accelerator.wait_for_everyone()
     on_main(partial(_finish, job, folder), job.accelerator)
 
 
-def _begin(job: "Job", folder: Path) -> None:
+def _text(file: Path) -> str:
+    return file.read_text() if file.is_file() else ""
+
+
+def _check_begun(folder: Path, begun: str) -> None:
+    if not is_seen(lambda: _text(folder / BEGUN) == begun):
+        fix = "put it on a disk that all of them see (teacher.path=...)"
+        raise Refusal("teacher.path", folder, "one folder that all machines share", fix)
+
+
+def _begin(job: "Job", folder: Path) -> bool:
     """Verify a finished cache; else note what is begun, and clear files made for other things."""
     if (folder / MANIFEST).is_file():
         VelocityCache.open(folder).verify(job, samples=0)
         log.info("%s is already of this teacher and data, and verified: nothing to do", folder)
-        return
+        return True
     folder.mkdir(parents=True, exist_ok=True)
     values = {
         "request": {**request_of(job.cfg), "teacher": digest(job.dense_on_cpu())},
@@ -67,6 +79,7 @@ def _begin(job: "Job", folder: Path) -> None:
         for file in folder.glob("clips-*.safetensors"):
             file.unlink()
     write_atomic(begun, text)
+    return False
 
 
 def _write_files(job: "Job", folder: Path) -> None:

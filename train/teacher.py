@@ -11,7 +11,7 @@ from gossamer.sparse.attach import attending_densely
 from gossamer.train.draws import Noised
 from gossamer.train.lora import adapters_off
 from gossamer.train.model import compile_blocks, velocity
-from gossamer.train.processes import on_main
+from gossamer.train.processes import accepted, on_main
 from gossamer.train.velocities import VelocityCache, cache_dir
 
 if TYPE_CHECKING:
@@ -109,8 +109,11 @@ class Cached:
             cache = VelocityCache.open(folder)
             cache.verify(job, samples=self.check)
 
+        def take() -> None:
+            self.cache = VelocityCache.open(folder)
+
         on_main(verify, job.accelerator)
-        self.cache = VelocityCache.open(folder)
+        accepted(take, job.together)
 
     def velocity(self, student: nn.Module, noised: Noised) -> Tensor:
         return self.cache.read(noised.index, noised.draw).to(noised.x.device)

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from gossamer.train import checkpoint, health, interrupt, job, loop, pulse, stages
+from gossamer.train import checkpoint, files, health, interrupt, job, loop, pulse, run_lock, stages
 from gossamer.train.data import dataset
 from gossamer.train.data.dataset import LatentDataset
 from gossamer.train.losses import VelocityDistillation
+from gossamer.train.refusal import Refusal
 
 BAD_STEP = 3
 
@@ -55,6 +56,24 @@ def failing_batch() -> None:
 
 def impatient_pulse() -> None:
     pulse.BEAT, pulse.LIMIT, pulse.GRACE = 0.2, 3.0, 0.5
+
+
+def other_disk_in_process_1() -> None:
+    """Process 1 does not see what process 0 writes into the run's folder."""
+    files.SEEN = 0.5
+    if rank() == 1:
+        run_lock._read = lambda path: b""
+
+
+def refusal_in_process_1() -> None:
+    preflight = job.preflight
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if rank() == 1:
+            raise Refusal("model.path", "/nowhere", "a folder", "copy it")
+        return preflight(*args, **kwargs)
+
+    job.preflight = refuse  # type: ignore[assignment]
 
 
 def no_pulse() -> None:

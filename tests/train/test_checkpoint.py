@@ -8,6 +8,7 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,12 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import gossamer
-from gossamer.train import checkpoint
+from gossamer.train import checkpoint, run_lock
 from gossamer.train.checkpoint import latest, load, save
 from gossamer.train.files import sha256
 from gossamer.train.optimizer_state import load_optimizer, optimizer_tensors
 from gossamer.train.refusal import Refusal
-from gossamer.train.run_lock import RunLock
+from gossamer.train.run_lock import RunLock, this_machine
 
 POINTS = [
     "before-dir",
@@ -477,18 +478,57 @@ def test_another_process_holds_the_lock_until_it_is_killed(
 
 @pytest.mark.case("F11")
 def test_a_reused_process_id_does_not_hold_the_lock(tmp_path: Path) -> None:
-    (tmp_path / "run.lock").write_text(f"{os.getpid()} {socket.gethostname()} 1")
+    (tmp_path / "run.lock").write_text(f"{os.getpid()} {this_machine()} 1")
     with RunLock(tmp_path):
         pass
 
 
-def test_a_lock_of_another_host_is_respected_and_says_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "run.lock").write_text("12 elsewhere 345")
-    with pytest.raises(Refusal, match=r"process 12 on elsewhere.*delete run\.lock"):
+@pytest.mark.case("F11")
+def test_a_lock_of_another_machine_is_respected_while_it_beats_and_taken_over_when_it_is_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the file system passes locks on, or does not: here nobody locks the file."""
+    monkeypatch.setattr(run_lock, "STALE", 0.6)
+    lock = tmp_path / "run.lock"
+    lock.write_text("12 elsewhere/1 345 7")
+    alive = threading.Timer(0.3, lambda: lock.write_text("12 elsewhere/1 345 8"))
+    alive.start()
+    with pytest.raises(Refusal, match=r"process 12 on elsewhere;.*delete run\.lock"):
         RunLock(tmp_path).__enter__()
+    alive.join()
+    with RunLock(tmp_path):
+        assert "waiting 0.6 s" in caplog.text and "process 12, which died" in caplog.text
+        assert lock.read_text().split()[:2] == [str(os.getpid()), this_machine()]
 
 
-DEAD = f"99999999 {socket.gethostname()} 5"
+def test_a_lock_beats_and_machines_of_one_name_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "BEAT", 0.05)
+    monkeypatch.setattr(run_lock, "STALE", 1.0)
+    with RunLock(tmp_path) as lock:
+        said = subprocess.run([sys.executable, "-c", ELSEWHERE, tmp_path], env=ENVIRONMENT)
+        assert said.returncode == 7
+        assert (tmp_path / "run.lock").read_text().split()[:3] == lock.holder.split()
+    assert (tmp_path / "run.lock").read_text() == ""
+
+
+ELSEWHERE = """
+import fcntl, sys
+from pathlib import Path
+from gossamer.train import run_lock
+from gossamer.train.refusal import Refusal
+fcntl.lockf = lambda *args: None  # a file system that does not pass locks on
+run_lock._BOOT = Path("/proc/version")  # another machine of the same name
+run_lock.STALE = 1.0
+try:
+    run_lock.RunLock(Path(sys.argv[1])).__enter__()
+except Refusal:
+    sys.exit(7)
+"""
+
+
+DEAD = f"99999999 {this_machine()} 5"
 
 
 @pytest.mark.case("F11")

@@ -1,5 +1,6 @@
 """Shards on their way here: a local folder, or a URL that fsspec knows with a folder as cache."""
 
+import logging
 import os
 import re
 import time
@@ -10,9 +11,14 @@ from typing import Any
 from gossamer.train.data.quarantine import BadData
 from gossamer.train.data.shards import MANIFEST, Shard
 from gossamer.train.files import write_atomic
+from gossamer.train.redact import redact
 from gossamer.train.refusal import Refusal
 
-WAITS = (1.0, 4.0)  # seconds before a failed transfer is tried again
+log = logging.getLogger(__name__)
+
+WAITS = (1.0, 4.0)  # seconds before a failed transfer is tried again, at the start of a run
+OUTAGE = (1.0, 4.0, 15.0, 60.0, 120.0)  # in its middle
+_opened: dict[tuple[int, str], tuple[Any, str]] = {}  # a session takes S3 half a second to open
 _CODEC_FILE = re.compile(r"\w[\w.-]*")
 
 
@@ -81,6 +87,7 @@ def mirror(url: str, folder: Path) -> None:
 
     def copy() -> None:
         files, root = _open(url)
+        files.invalidate_cache()  # of an earlier run in this process
         content = files.cat_file(f"{root}/{MANIFEST}")
         for source, entry in files.find(f"{root}/codec", detail=True).items():
             name = source.rpartition("/")[2]
@@ -95,7 +102,7 @@ def mirror(url: str, folder: Path) -> None:
         write_atomic(folder / MANIFEST, content)
 
     try:
-        _patiently(copy, url)
+        _patiently(copy, url, WAITS)
     except FileNotFoundError as error:
         raise Refusal(
             "data.dir",
@@ -108,21 +115,24 @@ def mirror(url: str, folder: Path) -> None:
 def transfer(place: str, path: Path, size: int) -> None:
     """Copy one file of a URL here; BadData where it is missing, or not of `size` (0: unknown)."""
 
+    folder, _, name = place.rpartition("/")
+
     def copy() -> None:
-        files, source = _open(place)
+        files, root = _open(folder)
+        source = f"{root}/{name}"
         found = files.info(source)["size"]
         if size and found != size:
             raise BadData(f"{found} bytes instead of {size}")
         files.get_file(source, str(path))
 
     try:
-        _patiently(copy, place)
+        _patiently(copy, place, OUTAGE)
     except FileNotFoundError as error:
         raise BadData("missing") from error
 
 
-def _patiently(copy: Any, place: str) -> None:
-    for wait in (*WAITS, None):
+def _patiently(copy: Any, place: str, waits: tuple[float, ...]) -> None:
+    for wait in (*waits, None):
         try:
             return copy()
         except (BadData, Refusal, FileNotFoundError):
@@ -132,17 +142,24 @@ def _patiently(copy: Any, place: str) -> None:
                 allowed = "a place that can be read"
                 fix = f"check the network and your rights: {type(error).__name__}: {error}"
                 raise Refusal("data.dir", place, allowed, fix) from error
+            _opened.clear()  # a new connection, with the rights of now
+            said = " ".join(redact(f"{place} cannot be read, again in {wait:g} s: {error}").split())
+            log.warning("%s", said)
             time.sleep(wait)
     return None
 
 
 def _open(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL and the path in it; a new one, because forks share none."""
+    """Return the file system of a URL and the path in it, one a process: forks share none."""
     import fsspec
 
+    key = (os.getpid(), url)
+    if key in _opened:
+        return _opened[key]
     try:
         files, path = fsspec.core.url_to_fs(url, skip_instance_cache=True)
     except (ImportError, ValueError) as error:
         allowed = "a protocol whose fsspec package is installed"
         raise Refusal("data.dir", url, allowed, str(error)) from error
-    return files, path.rstrip("/")
+    _opened[key] = files, path.rstrip("/")
+    return _opened[key]

@@ -19,6 +19,7 @@ from gossamer.train.refusal import Refusal
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(store_module, "OUTAGE", (0.0, 0.0))
 
 
 @pytest.fixture
@@ -112,6 +113,33 @@ def test_an_outage_is_refused_and_quarantines_nothing(
     assert len(calls) == 3 and not (tmp_path / "quarantine.jsonl").exists()
     monkeypatch.undo()
     assert data[0]["index"] == 0
+
+
+def test_a_short_outage_is_sat_out_with_a_new_connection_and_no_secret_is_logged(
+    remote: tuple[Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data, opened_for = opened(remote[1], tmp_path / "cache"), []
+    files = type(fsspec.filesystem("memory"))
+    get_file, open_url = files.get_file, fsspec.core.url_to_fs
+
+    def fail_once(self: object, *args: object) -> None:
+        if len(opened_for) == 1:
+            raise ConnectionError("https://me:hush@host/bucket?token=hush refused")
+        get_file(self, *args)
+
+    def counted(url: str, **options: object) -> object:
+        opened_for.append(url)
+        return open_url(url, **options)
+
+    monkeypatch.setattr(files, "get_file", fail_once)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", counted)
+    store_module._opened.clear()
+    assert [data[index]["index"] for index in (0, 4, 8, 12)] == [0, 4, 8, 12]
+    assert len(opened_for) == 2  # one connection for all shards, and the one after the outage
+    assert "again in 0 s" in caplog.text and "hush" not in caplog.text
 
 
 def test_a_transfer_that_is_damaged_once_is_repeated(
