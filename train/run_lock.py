@@ -33,10 +33,8 @@ class RunLock:
     def __init__(self, folder: Path, field: str = "run_dir") -> None:
         self._path, self._field = folder / LOCK, field
         self._file: int | None = None
-        self._stop, self._thread = (
-            threading.Event(),
-            threading.Thread(target=self._beat, daemon=True),
-        )
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
         self.holder = ""  # what the file says of this process while it holds the lock
 
     def __enter__(self) -> Self:
