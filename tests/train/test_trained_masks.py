@@ -30,6 +30,7 @@ COMMON = {
     "stages": ["calibrate", "train", "export"],
     "loss": "flow_matching",  # in a few steps it falls by more than its noise
     "ema": 0.5,
+    "calibration__path": None,
 }
 POLICY = {"allocation": "fixed", "policy__k": DENSITY}
 
