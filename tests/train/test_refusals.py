@@ -52,7 +52,7 @@ def refused(launcher: Any, overrides: list[str], **options: Any) -> str:
         ({"text__length": 8}, ["text.length=8: allowed is 4"]),
         ({"codec__channels": 8}, ["codec.channels=8: allowed is 4"]),
         ({"data__condition": "none"}, ["data.condition=none: allowed is first_frame"]),
-        ({"stages": ["train"]}, ["run `gossamer calibrate` first"]),
+        ({"stages": ["train"], "calibration__path": None}, ["run `gossamer calibrate` first"]),
         ({"stages": ["export"]}, ["a finished training"]),
         ({"stages": ["report"]}, ["run `gossamer evaluate`"]),
         ({"stages": ["train", "encode"]}, ["in this order"]),
@@ -142,7 +142,8 @@ def test_damaged_shards_are_refused_by_name(lab: Any, launcher: Any, tmp_path: P
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     for stages in (["calibrate", "train"], ["encode", "calibrate"]):
-        line = refused(launcher, lab.student(tmp_path, data__dir=data, stages=stages))
+        overrides = lab.student(tmp_path, data__dir=data, stages=stages, calibration__path=None)
+        line = refused(launcher, overrides)
         assert f"{shard.parent} damaged ({shard.name}" in line
     shard.unlink()
     assert "missing" in refused(launcher, lab.student(tmp_path, data__dir=data, name="new"))
@@ -230,7 +231,10 @@ def test_a_run_that_another_process_holds_is_refused(
 def test_a_data_folder_that_another_process_fills_is_refused_and_later_shared(
     lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
-    overrides = lab.student(tmp_path, data__dir=tmp_path / "data", stages=["encode", "calibrate"])
+    stages = ["encode", "calibrate"]
+    overrides = lab.student(
+        tmp_path, data__dir=tmp_path / "data", stages=stages, calibration__path=None
+    )
     with RunLock(tmp_path / "data"):
         assert "data.dir=" in refused(launcher, overrides)
     assert launcher.run(overrides).code == 0
