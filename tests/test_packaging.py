@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -37,22 +38,25 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkout(made_once: Callable[..., Path]) -> Path:
     """Copy what a clone holds, so that building leaves nothing in this one."""
-    folder = tmp_path_factory.mktemp("checkout")
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for part in PARTS:
-        shutil.copytree(ROOT / part, folder / part, symlinks=True, ignore=ignore)
-    for name in FILES:
-        shutil.copy(ROOT / name, folder / name)
-    return folder
+
+    def fill(folder: Path) -> None:
+        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        for part in PARTS:
+            shutil.copytree(ROOT / part, folder / part, symlinks=True, ignore=ignore)
+        for name in FILES:
+            shutil.copy(ROOT / name, folder / name)
+
+    return made_once("checkout", fill)
 
 
 @pytest.fixture(scope="module")
-def wheel(checkout: Path) -> Path:
-    out = checkout.parent / f"{checkout.name}-wheel"
-    pip("wheel", "--no-deps", "--no-build-isolation", "-w", out, checkout)
-    (built,) = out.glob("*.whl")
+def wheel(checkout: Path, made_once: Callable[..., Path]) -> Path:
+    def fill(out: Path) -> None:
+        pip("wheel", "--no-deps", "--no-build-isolation", "-w", out, checkout)
+
+    (built,) = made_once("wheel", fill).glob("*.whl")
     return built
 
 

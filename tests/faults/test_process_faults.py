@@ -46,12 +46,14 @@ def ended(job: Any) -> bool:
 
 
 @pytest.fixture(scope="module")
-def unbroken(lab: Any, launcher: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def unbroken(lab: Any, launcher: Any, made_once: Any) -> Any:
     """The run of two processes that nothing disturbs."""
-    runs = tmp_path_factory.mktemp("unbroken")
-    done = launcher.ranks(lab.student(runs, **SETTINGS))
-    assert [one.code for one in done] == [0, 0], done[0].text + done[1].text
-    return lab.run(runs)
+
+    def fill(runs: Path) -> None:
+        done = launcher.ranks(lab.student(runs, **SETTINGS))
+        assert [one.code for one in done] == [0, 0], done[0].text + done[1].text
+
+    return lab.run(made_once("unbroken-ranks", fill))
 
 
 @pytest.mark.case("R1")

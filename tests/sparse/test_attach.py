@@ -128,8 +128,12 @@ def test_a_saved_policy_gives_the_same_outputs(tmp_path: Path) -> None:
 
 
 def test_a_policy_of_another_model_is_refused_and_leaves_no_trace(tmp_path: Path) -> None:
-    save_policy(tmp_path, {"method": SPEC}, mask_state(attach(tiny_wan(3), method_from_spec(SPEC))))
-    model = tiny_wan(2)
+    save_policy(
+        tmp_path,
+        {"method": SPEC},
+        mask_state(attach(tiny_wan(num_layers=3), method_from_spec(SPEC))),
+    )
+    model = tiny_wan()
     with pytest.raises(ValueError, match=r"blocks\.2\.attn1.*4 tensors"):
         attach(model, tmp_path)
     assert_untouched(model)

@@ -33,7 +33,7 @@ def run(model, seed=0):
 
 @torch.no_grad()
 def test_named_calls_carry_a_codebook_for_each_branch_and_layer():
-    model = attach(tiny_wan().eval(), method())
+    model = attach(tiny_wan(), method())
     for step in range(2):
         for branch in ("cond", "uncond"):
             with model.cache_context(branch, step_index=step):
@@ -43,12 +43,12 @@ def test_named_calls_carry_a_codebook_for_each_branch_and_layer():
         assert attention.codebooks.hit_rate.shape == (2, 1, 2)
     with model.cache_context("cond", step_index=0):  # another prompt
         first = run(model, 5)
-    assert torch.equal(first, run(attach(tiny_wan().eval(), method()), 5))
+    assert torch.equal(first, run(attach(tiny_wan(), method()), 5))
 
 
 @torch.no_grad()
 def test_calls_without_a_name_start_cold():
-    model = attach(tiny_wan().eval(), method())
+    model = attach(tiny_wan(), method())
     alone = run(model, 1)
     run(model, 0)
     assert torch.equal(run(model, 1), alone)
@@ -57,8 +57,8 @@ def test_calls_without_a_name_start_cold():
 
 @torch.no_grad()
 def test_a_copy_carries_its_own_and_detach_leaves_nothing():
-    stock = run(tiny_wan().eval())
-    model = attach(tiny_wan().eval(), method())
+    stock = run(tiny_wan())
+    model = attach(tiny_wan(), method())
     twin = copy.deepcopy(model)
     with twin.cache_context("cond", step_index=0):
         run(twin)

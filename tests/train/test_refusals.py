@@ -161,20 +161,11 @@ def test_a_data_folder_of_another_request_is_refused(
     assert "the same request (sources there: " in line
 
 
-@pytest.fixture(scope="module")
-def finished(lab: Any, launcher: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A run of eight steps."""
-    runs = tmp_path_factory.mktemp("finished")
-    done = launcher.run(lab.student(runs))
-    assert done.code == 0, done.text
-    return lab.run(runs)
-
-
 @pytest.mark.case("F8")
 def test_a_run_folder_of_another_config_shows_the_difference_and_can_be_forced(
-    finished: Any, lab: Any, launcher: Any, tmp_path: Path
+    unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
-    shutil.copytree(finished.folder, tmp_path / "student")
+    shutil.copytree(unbroken.folder, tmp_path / "student")
     changes = {"steps": 10, "optimizer__lr": 5e-4}
     line = refused(launcher, lab.student(tmp_path, **changes))
     assert "steps: 8 -> 10" in line and "optimizer.lr: 0.001 -> 0.0005" in line
@@ -208,13 +199,13 @@ def test_a_run_folder_that_cannot_be_written_is_refused(
 
 @pytest.mark.case("F9")
 def test_a_checkpoint_of_another_model_is_refused_with_its_first_keys(
-    finished: Any, lab: Any, launcher: Any, tmp_path: Path
+    unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
     deeper = {**lab.teacher_settings, "name": "deeper", "model.num_layers": 3, "steps": 1}
     assert launcher.run(lab.overrides(tmp_path, deeper)).code == 0
-    shutil.copytree(finished.folder / "checkpoints", tmp_path / "student" / "checkpoints")
-    other = lab.student(tmp_path, model__path=tmp_path / "deeper" / "export")
-    line = refused(launcher, other)
+    shutil.copytree(unbroken.folder / "checkpoints", tmp_path / "student" / "checkpoints")
+    settings = {"model__path": tmp_path / "deeper" / "export", "calibration__path": None}
+    line = refused(launcher, lab.student(tmp_path, **settings))
     assert "a checkpoint of this model (29 tensors differ: blocks.2." in line
 
 

@@ -269,14 +269,16 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(made_once: Any) -> Path:
     """Run the recipe on a tiny pipeline and return the run's folder."""
-    root = tmp_path_factory.mktemp("tiny")
-    tiny_pipeline().save_pretrained(root / "wan")
-    write_videos(root / "videos")
-    paths = [f"model.path={root}/wan", f"data.source={root}/videos", f"data.dir={root}/data"]
-    assert main(["train", RECIPE, *paths, f"runs_dir={root}/runs", "name=tiny", *TINY]) == 0
-    return root / "runs" / "tiny"
+
+    def fill(root: Path) -> None:
+        tiny_pipeline().save_pretrained(root / "wan")
+        write_videos(root / "videos")
+        paths = [f"model.path={root}/wan", f"data.source={root}/videos", f"data.dir={root}/data"]
+        assert main(["train", RECIPE, *paths, f"runs_dir={root}/runs", "name=tiny", *TINY]) == 0
+
+    return made_once("recipe", fill) / "runs" / "tiny"
 
 
 def generate(pipeline: Any) -> np.ndarray:
