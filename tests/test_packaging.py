@@ -62,23 +62,22 @@ def wheel(checkout: Path, made_once: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module", params=["wheel", "editable"])
 def python(
-    request: pytest.FixtureRequest,
-    checkout: Path,
-    wheel: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, checkout: Path, wheel: Path, made_once: Callable[..., Path]
 ) -> Path:
     """Return the interpreter of an environment with gossamer and a package called kernels."""
-    environment = tmp_path_factory.mktemp(request.param)
-    run(sys.executable, "-m", "venv", "--without-pip", environment)
-    interpreter = environment / "bin" / "python"
-    site = Path(run(interpreter, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
-    # The tests' own environment supplies torch and the rest; nothing is downloaded.
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    (site / "kernels").mkdir()
-    (site / "kernels" / "__init__.py").write_text("def get_kernel():\n    return 'hub'\n")
     source = [wheel] if request.param == "wheel" else ["--no-build-isolation", "-e", checkout]
-    pip("--python", interpreter, "install", "--no-deps", "--no-index", *source)
-    return interpreter
+
+    def fill(environment: Path) -> None:
+        run(sys.executable, "-m", "venv", "--without-pip", environment)
+        python = environment / "bin" / "python"
+        site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
+        # The tests' own environment supplies torch and the rest; nothing is downloaded.
+        (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        (site / "kernels").mkdir()
+        (site / "kernels" / "__init__.py").write_text("def get_kernel():\n    return 'hub'\n")
+        pip("--python", python, "install", "--no-deps", "--no-index", *source)
+
+    return made_once(f"installed-{request.param}", fill) / "bin" / "python"
 
 
 def run(*command: object, cwd: Path | None = None) -> str:

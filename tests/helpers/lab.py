@@ -128,6 +128,8 @@ class Launcher:
             stdout=subprocess.PIPE,
             text=True,
         )
+        assert self._server.stdout is not None
+        self._server.stdout.readline()  # it has imported all, so that no job waits for that
 
     def start(
         self,

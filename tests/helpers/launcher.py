@@ -1,6 +1,6 @@
 """A process that imports the trainer once and forks it for each job, so that a job starts at once.
 
-It reads one JSON request a line: {"start": the arguments of `run`} prints the
+It says when it is ready and reads one JSON request a line: {"start": the arguments of `run`} prints the
 process id, {"wait": pid} its exit status as subprocess counts it.
 """
 
@@ -88,6 +88,8 @@ def serve() -> None:
     for model in ("scratch_wan", "pretrained"):  # fills the caches of schema and grammar
         compose([f"model={model}"])
     gc.freeze()
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
