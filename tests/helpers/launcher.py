@@ -1,7 +1,7 @@
 """A process that imports the trainer once and forks it for each job, so that a job starts at once.
 
-It says when it is ready and reads one JSON request a line: {"start": the arguments of `run`} prints the
-process id, {"wait": pid} its exit status as subprocess counts it.
+It says when it is ready, and reads one JSON request a line: {"start": the arguments of `run`}
+prints the process id, {"wait": pid} its exit status as subprocess counts it.
 """
 
 import functools
