@@ -110,6 +110,8 @@ def test_check_answers_from_the_configs_alone(
 def test_check_uses_the_dtype_of_accelerates_mixed_precision(
     true_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shallow = json.dumps({**TRANSFORMER, "num_layers": 2})  # its memory is planned at once
+    (true_folder / "transformer" / "config.json").write_text(shallow)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert main(["check", *overrides(true_folder)]) == 0
     assert "bfloat16" in capsys.readouterr().err
