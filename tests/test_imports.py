@@ -7,6 +7,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -27,8 +28,13 @@ MODULES = {
 }
 
 
-def imports(path: Path, *, at_load: bool = False) -> Iterator[str]:
-    """Yield the absolute name of every import of a file, or of those that run as it is loaded."""
+@cache
+def imports(path: Path, *, at_load: bool = False) -> list[str]:
+    """Return the absolute name of every import of a file, or of those that run as it is loaded."""
+    return list(_imports(path, at_load))
+
+
+def _imports(path: Path, at_load: bool) -> Iterator[str]:
     pending: list[ast.AST] = [ast.parse((ROOT / path).read_text())]
     package = ("gossamer", *path.parent.parts)
     while pending:

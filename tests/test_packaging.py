@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -13,64 +14,70 @@ ROOT = Path(__file__).parent.parent
 PARTS = ("gossamer", "kernels", "sparse", "train", "benchmarks", "conf", "recipes")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
 
+FOREIGN = "import kernels; assert kernels.get_kernel() == 'hub', kernels"
 # What a user does first, and what breaks when a part is missing from the installation.
-PROBE = """
+PROBE = f"""
 import os, sys
 from importlib.resources import files
 from pathlib import Path
 import gossamer.kernels.blocks
 import gossamer.sparse.layout
-from gossamer.train.config import build, compose, recipes
+from gossamer.train.config import build, compose
 cfg = compose(["layout=row_major", "layout.q_block=32"])
 assert build(cfg.layout).block_shape == (32, 64)
-assert all(compose([f"recipe={name}"]).name == name for name in recipes())
 assert Path(cfg.model.path).parent.parent == Path(str(files("gossamer.recipes"))).resolve()
 print(Path(gossamer.__file__).resolve())
+{FOREIGN}
 """
-FOREIGN = "import kernels; assert kernels.get_kernel() == 'hub', kernels"
+RECIPES = """
+from gossamer.train.config import compose, recipes
+assert all(compose([f"recipe={name}"]).name == name for name in recipes())
+"""
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkout(made_once: Callable[..., Path]) -> Path:
     """Copy what a clone holds, so that building leaves nothing in this one."""
-    folder = tmp_path_factory.mktemp("checkout")
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for part in PARTS:
-        shutil.copytree(ROOT / part, folder / part, symlinks=True, ignore=ignore)
-    for name in FILES:
-        shutil.copy(ROOT / name, folder / name)
-    return folder
+
+    def fill(folder: Path) -> None:
+        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        for part in PARTS:
+            shutil.copytree(ROOT / part, folder / part, symlinks=True, ignore=ignore)
+        for name in FILES:
+            shutil.copy(ROOT / name, folder / name)
+
+    return made_once("checkout", fill)
 
 
 @pytest.fixture(scope="module")
-def wheel(checkout: Path) -> Path:
-    out = checkout.parent / f"{checkout.name}-wheel"
-    pip("wheel", "--no-deps", "--no-build-isolation", "-w", out, checkout)
-    (built,) = out.glob("*.whl")
+def wheel(checkout: Path, made_once: Callable[..., Path]) -> Path:
+    def fill(out: Path) -> None:
+        pip("wheel", "--no-deps", "--no-build-isolation", "-w", out, checkout)
+
+    (built,) = made_once("wheel", fill).glob("*.whl")
     return built
 
 
 @pytest.fixture(scope="module", params=["wheel", "editable"])
 def python(
-    request: pytest.FixtureRequest,
-    checkout: Path,
-    wheel: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, checkout: Path, wheel: Path, made_once: Callable[..., Path]
 ) -> Path:
     """Return the interpreter of an environment with gossamer and a package called kernels."""
-    environment = tmp_path_factory.mktemp(request.param)
-    run(sys.executable, "-m", "venv", "--without-pip", environment)
-    interpreter = environment / "bin" / "python"
-    site = Path(run(interpreter, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
-    # The tests' own environment supplies torch and the rest; nothing is downloaded.
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    (site / "kernels").mkdir()
-    (site / "kernels" / "__init__.py").write_text("def get_kernel():\n    return 'hub'\n")
     source = [wheel] if request.param == "wheel" else ["--no-build-isolation", "-e", checkout]
-    pip("--python", interpreter, "install", "--no-deps", "--no-index", *source)
-    return interpreter
+
+    def fill(environment: Path) -> None:
+        run(sys.executable, "-m", "venv", "--without-pip", environment)
+        python = environment / "bin" / "python"
+        site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
+        # The tests' own environment supplies torch and the rest; nothing is downloaded.
+        (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        (site / "kernels").mkdir()
+        (site / "kernels" / "__init__.py").write_text("def get_kernel():\n    return 'hub'\n")
+        pip("--python", python, "install", "--no-deps", "--no-index", *source)
+
+    return made_once(f"installed-{request.param}", fill) / "bin" / "python"
 
 
 def run(*command: object, cwd: Path | None = None) -> str:
@@ -98,22 +105,16 @@ def test_the_wheel_holds_every_module_config_recipe_and_asset(wheel: Path) -> No
 
 
 def test_it_works_from_any_directory(python: Path, checkout: Path, tmp_path: Path) -> None:
-    for folder in (tmp_path, checkout):
-        run(python, "-c", PROBE, cwd=folder)
+    run(python, "-c", PROBE, cwd=checkout)
+    environment = python.parent.parent
+    is_editable = environment.name == "installed-editable"  # its recipes are the checkout's
+    found = Path(run(python, "-c", PROBE + RECIPES * (not is_editable), cwd=tmp_path))
+    assert found.is_relative_to(checkout if is_editable else environment)
     gossamer = python.parent / "gossamer"
     assert "usage: gossamer VERB" in run(gossamer, "--help", cwd=tmp_path)
     assert "sparsity: 0.7" in run(gossamer, "train", "--cfg", "sparsity=0.7", cwd=tmp_path)
 
 
-def test_outside_the_checkout_the_installed_files_are_used(
-    python: Path, checkout: Path, tmp_path: Path
-) -> None:
-    found = Path(run(python, "-c", PROBE, cwd=tmp_path))
-    is_editable = found.is_relative_to(checkout)
-    assert is_editable or found.is_relative_to(python.parent.parent)
-
-
 def test_hugging_faces_kernels_stays_theirs(python: Path, checkout: Path, tmp_path: Path) -> None:
     for folder in (tmp_path, checkout):
-        run(python, "-c", FOREIGN, cwd=folder)
-        run(python, "-c", f"import gossamer.kernels.blocks\n{FOREIGN}", cwd=folder)
+        run(python, "-c", FOREIGN, cwd=folder)  # PROBE does so after gossamer's own

@@ -6,11 +6,9 @@ for more: `full`, or a list such as `F1,F4:40` of cases in full or with a count 
 """
 
 import datetime
-import importlib.util
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,6 @@ import torch
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "results"
 ASKED = os.environ.get("FAULTS", "")
-
-_spec = importlib.util.spec_from_file_location("faults_lab", HERE.parent / "train" / "conftest.py")
-assert _spec is not None and _spec.loader is not None
-_lab = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = _lab
-_spec.loader.exec_module(_lab)
-lab, launcher, calibrated = _lab.lab, _lab.launcher, _lab.calibrated
-make_job, one_thread, unbroken = _lab.make_job, _lab.one_thread, _lab.unbroken
 
 
 def how_often(case: str, short: int, full: int) -> int:

@@ -6,6 +6,7 @@ with their reason; D4: no clip left), test_dataset.py (D7: a killed worker; D10:
 test_schedule.py (D10 of streamed buckets), test_store.py (outages), test_waiting.py (D8).
 """
 
+import inspect
 import json
 import os
 import random
@@ -27,6 +28,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.utils.data import get_worker_info
+from videos import write_video
 
 from gossamer.train.codec import PCACodec
 from gossamer.train.data import dataset as dataset_module
@@ -93,45 +95,9 @@ def rewrite(folder: Path, name: str, change: Callable[[pa.Table], pa.Table]) -> 
 # D1: videos that are not what they seem
 
 
-def write_video(
-    path: Path,
-    count: int = 8,
-    *,
-    codec: str = "mpeg4",
-    pix_fmt: str = "yuv420p",
-    size: tuple[int, int] = (48, 32),
-    times: Callable[[int], int] = lambda i: i,
-    level: int = 60,
-) -> Path:
-    import av
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    width, height = size
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=12)
-        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
-        if codec == "libx265":
-            stream.options = {
-                "x265-params": "log-level=none:pools=none:frame-threads=1",
-                "preset": "ultrafast",
-            }
-        for index in range(count):
-            pixels = np.full((height, width, 3), level, np.uint8)
-            left = index * 4 % (width - 8)
-            pixels[4:16, left : left + 8] = (255, 128, 0)
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format=pix_fmt)
-            frame.pts = times(index)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
-
-
 def write_elsewhere(path: Path, codec: str) -> None:
     """Write a video in a process of its own: x265 aborts one that has run many other tests."""
-    write = "import sys, runpy; runpy.run_path(sys.argv[1])['write_video'](sys.argv[2], codec={!r})"
-    command = [sys.executable, "-c", write.format(codec), __file__, str(path)]
-    subprocess.run(command, check=True)
+    subprocess.run([sys.executable, inspect.getfile(write_video), path, codec], check=True)
 
 
 def lie_in_the_header(path: Path) -> None:

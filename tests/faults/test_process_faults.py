@@ -46,12 +46,14 @@ def ended(job: Any) -> bool:
 
 
 @pytest.fixture(scope="module")
-def unbroken(lab: Any, launcher: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def unbroken(lab: Any, launcher: Any, made_once: Any) -> Any:
     """The run of two processes that nothing disturbs."""
-    runs = tmp_path_factory.mktemp("unbroken")
-    done = launcher.ranks(lab.student(runs, **SETTINGS))
-    assert [one.code for one in done] == [0, 0], done[0].text + done[1].text
-    return lab.run(runs)
+
+    def fill(runs: Path) -> None:
+        done = launcher.ranks(lab.student(runs, **SETTINGS))
+        assert [one.code for one in done] == [0, 0], done[0].text + done[1].text
+
+    return lab.run(made_once("unbroken-ranks", fill))
 
 
 @pytest.mark.case("R1")
@@ -278,8 +280,9 @@ def test_the_masks_and_losses_do_not_depend_on_the_number_of_processes(
         processes = 2 ** (number + 1)
         alone, runs = tmp_path / f"{processes} parts", tmp_path / str(processes)
         # one process that takes the clips in the same parts: other sums round otherwise
-        assert launcher.run(lab.student(alone, grad_accumulation=processes)).code == 0
-        jobs = launcher.start_ranks(lab.student(runs), processes=processes)
+        parts = lab.student(alone, grad_accumulation=processes, calibration__path=None)
+        assert launcher.run(parts).code == 0
+        jobs = launcher.start_ranks(lab.student(runs, calibration__path=None), processes=processes)
         assert [job.wait().code for job in jobs] == [0] * processes
         shared = rows(runs)
         for name in ("loss", "grad_norm"):

@@ -19,6 +19,7 @@ def test_a_whole_job_needs_no_network(
     lab: Any, launcher: Any, injection: Any, tmp_path: Path
 ) -> None:
     settings = {"stages": ALL, "data__dir": tmp_path / "data", "steps": 2}
+    settings |= {"calibration__path": None}
     done = launcher.run(lab.student(tmp_path, **settings), inject=injection("offline"))
     assert done.code == 0, done.text
     assert (tmp_path / "student" / "report" / "index.html").is_file()
@@ -46,7 +47,9 @@ def test_odd_paths_an_unwritable_working_folder_and_no_home_do_no_harm(
     runs = tmp_path / LONG.strip()
     assert len(runs.name.encode()) > 200
     stages = ["calibrate", "train", "evaluate", "export", "report"]
-    overrides = lab.student(runs, stages=stages, steps=2, checkpoint_every=1)
+    overrides = lab.student(
+        runs, stages=stages, steps=2, checkpoint_every=1, calibration__path=None
+    )
     quoted = [f"{key}='{value}'" for key, value in [("runs_dir", str(runs).replace("'", "\\'"))]]
     overrides = [o for o in overrides if not o.startswith("runs_dir=")] + quoted
     done = launcher.run(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import tiny_wan
 from torch import Tensor, nn
 
 from gossamer.sparse.attach import (
@@ -33,22 +34,6 @@ SPEC: dict[str, Any] = {
     "compensation": {"_target_": "gossamer.sparse.compensation.Centroid"},
     "backend": "reference",
 }
-
-
-def wan(num_layers: int = 2) -> nn.Module:
-    torch.manual_seed(0)
-    model = diffusers.WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=num_layers,
-        rope_max_seq_len=32,
-    )
-    return model.eval()
 
 
 @torch.no_grad()
@@ -93,14 +78,14 @@ def test_every_family_has_the_four_names() -> None:
 
 
 def test_a_subclass_belongs_to_its_family() -> None:
-    model = wan()
+    model = tiny_wan()
     before = run(model)
     model.__class__ = type("ShardedWan", (type(model),), {})  # as FSDP2 does
     assert torch.equal(run(attach(model, None)), before)
 
 
 def test_attaching_twice_and_detaching_twice_are_refused() -> None:
-    model = attach(wan(), None)
+    model = attach(tiny_wan(), None)
     with pytest.raises(ValueError, match="call detach first"):
         attach(model, None)
     detach(model)
@@ -110,22 +95,22 @@ def test_attaching_twice_and_detaching_twice_are_refused() -> None:
 
 
 def test_a_pipeline_stands_for_its_transformer_and_two_transformers_are_refused() -> None:
-    model = wan()
+    model = tiny_wan()
     pipeline = SimpleNamespace(transformer=model)
     assert attach(pipeline, None) is pipeline
     assert attentions(pipeline) == attentions(model)
     assert detach(pipeline) is pipeline
     with pytest.raises(ValueError, match="two transformers"):
-        attach(SimpleNamespace(transformer=model, transformer_2=wan()), None)
+        attach(SimpleNamespace(transformer=model, transformer_2=tiny_wan()), None)
     assert_untouched(model)
 
 
 @pytest.mark.parametrize("source", [None, method_from_spec(SPEC)], ids=["dense", "sparse"])
 def test_a_deep_copy_is_a_model_of_its_own(source: Any) -> None:
-    model = attach(wan(), source)
+    model = attach(tiny_wan(), source)
     run(model, frames=2)
     clone = copy.deepcopy(model)
-    assert torch.equal(run(clone, frames=3), run(attach(wan(), source), frames=3))
+    assert torch.equal(run(clone, frames=3), run(attach(tiny_wan(), source), frames=3))
     assert attentions(clone)["blocks.0.attn1"] is not attentions(model)["blocks.0.attn1"]
     detach(clone)
     assert_untouched(clone)
@@ -133,25 +118,29 @@ def test_a_deep_copy_is_a_model_of_its_own(source: Any) -> None:
 
 
 def test_a_saved_policy_gives_the_same_outputs(tmp_path: Path) -> None:
-    model = attach(wan(), method_from_spec(SPEC))
+    model = attach(tiny_wan(), method_from_spec(SPEC))
     for i, attention in enumerate(attentions(model).values()):
         attention.policy.set_budget(torch.tensor([0.1, 0.4]) + 0.1 * i, torch.tensor([0.3, 0.0]))
     save_policy(tmp_path, {"method": SPEC}, mask_state(model))
-    again = attach(wan(), tmp_path)
+    again = attach(tiny_wan(), tmp_path)
     assert torch.equal(run(again), run(model))
-    assert not torch.equal(run(again), run(attach(wan(), method_from_spec(SPEC))))
+    assert not torch.equal(run(again), run(attach(tiny_wan(), method_from_spec(SPEC))))
 
 
 def test_a_policy_of_another_model_is_refused_and_leaves_no_trace(tmp_path: Path) -> None:
-    save_policy(tmp_path, {"method": SPEC}, mask_state(attach(wan(3), method_from_spec(SPEC))))
-    model = wan(2)
+    save_policy(
+        tmp_path,
+        {"method": SPEC},
+        mask_state(attach(tiny_wan(num_layers=3), method_from_spec(SPEC))),
+    )
+    model = tiny_wan()
     with pytest.raises(ValueError, match=r"blocks\.2\.attn1.*4 tensors"):
         attach(model, tmp_path)
     assert_untouched(model)
 
 
 def test_mask_state_of_other_shapes_or_numbers_is_refused() -> None:
-    model = attach(wan(), method_from_spec(SPEC))
+    model = attach(tiny_wan(), method_from_spec(SPEC))
     state = {name: tensor.clone() for name, tensor in mask_state(model).items()}
     name = "blocks.1.attn1.policy.p"
     for wrong in (torch.zeros(3), torch.full((2,), float("nan"))):
@@ -161,8 +150,8 @@ def test_mask_state_of_other_shapes_or_numbers_is_refused() -> None:
 
 
 def test_a_policy_folder_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    model = wan()
-    state = mask_state(attach(wan(), method_from_spec(SPEC)))
+    model = tiny_wan()
+    state = mask_state(attach(tiny_wan(), method_from_spec(SPEC)))
 
     def refused(said: str) -> None:
         with pytest.raises(ValueError, match=said) as error:

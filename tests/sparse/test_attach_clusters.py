@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tiny import tiny_wan
 
 from gossamer.sparse.attach import attach, attentions, detach
 from gossamer.sparse.attention import SparseMethod
@@ -12,16 +13,7 @@ from gossamer.sparse.error_budget import ErrorBudget
 from gossamer.sparse.estimators.error_aware import ErrorAware
 from gossamer.sparse.layouts.clusters import SemanticClusters
 
-diffusers = pytest.importorskip("diffusers")
-
-
-def wan():
-    torch.manual_seed(0)
-    model = diffusers.WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16,
-        freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
-    )  # fmt: skip
-    return model
+pytest.importorskip("diffusers")
 
 
 def method():
@@ -41,7 +33,7 @@ def run(model, seed=0):
 
 @torch.no_grad()
 def test_named_calls_carry_a_codebook_for_each_branch_and_layer():
-    model = attach(wan().eval(), method())
+    model = attach(tiny_wan(), method())
     for step in range(2):
         for branch in ("cond", "uncond"):
             with model.cache_context(branch, step_index=step):
@@ -51,12 +43,12 @@ def test_named_calls_carry_a_codebook_for_each_branch_and_layer():
         assert attention.codebooks.hit_rate.shape == (2, 1, 2)
     with model.cache_context("cond", step_index=0):  # another prompt
         first = run(model, 5)
-    assert torch.equal(first, run(attach(wan().eval(), method()), 5))
+    assert torch.equal(first, run(attach(tiny_wan(), method()), 5))
 
 
 @torch.no_grad()
 def test_calls_without_a_name_start_cold():
-    model = attach(wan().eval(), method())
+    model = attach(tiny_wan(), method())
     alone = run(model, 1)
     run(model, 0)
     assert torch.equal(run(model, 1), alone)
@@ -65,8 +57,8 @@ def test_calls_without_a_name_start_cold():
 
 @torch.no_grad()
 def test_a_copy_carries_its_own_and_detach_leaves_nothing():
-    stock = run(wan().eval())
-    model = attach(wan().eval(), method())
+    stock = run(tiny_wan())
+    model = attach(tiny_wan(), method())
     twin = copy.deepcopy(model)
     with twin.cache_context("cond", step_index=0):
         run(twin)
@@ -80,7 +72,7 @@ def test_a_copy_carries_its_own_and_detach_leaves_nothing():
 def test_gradient_checkpointing_trains_on_the_same_clusters_twice():
     gradients = []
     for checkpointing in (False, True):
-        model = attach(wan().train(), method())
+        model = attach(tiny_wan().train(), method())
         if checkpointing:
             model.enable_gradient_checkpointing()
         run(model).square().mean().backward()

@@ -6,6 +6,7 @@ from types import MethodType
 
 import pytest
 import torch
+from tiny import tiny_wan
 
 import gossamer
 from gossamer.sparse.attach import attach, attentions, detach, hit_rates
@@ -35,11 +36,7 @@ def _one_thread():
 
 def stock():
     """A WanPipeline that takes prompt embeddings and returns latents."""
-    torch.manual_seed(0)
-    transformer = diffusers.WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=16, out_channels=16, text_dim=16,
-        freq_dim=32, ffn_dim=32, num_layers=3, rope_max_seq_len=32,
-    )  # fmt: skip
+    transformer = tiny_wan(in_channels=16, out_channels=16, num_layers=3)
     with torch.no_grad():
         for block in transformer.blocks:
             block.attn1.to_out[0].weight.mul_(8)  # so that masks show in the latents
@@ -47,7 +44,7 @@ def stock():
         tokenizer=None,
         text_encoder=None,
         vae=None,
-        transformer=transformer.eval(),
+        transformer=transformer,
         scheduler=diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),

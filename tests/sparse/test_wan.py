@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_wan
 from torch import Tensor, nn
 
 from gossamer.sparse.attach import attach, attentions, detach, mask_state
@@ -29,11 +30,7 @@ PARAMETERS = {"1.3B": 1_418_996_800, "14B": 14_288_491_584}  # of the published 
 
 
 def wan(head_dim: int = 16, *, seed: int = 0, **config: Any) -> nn.Module:
-    torch.manual_seed(seed)
-    sizes = {"num_attention_heads": 2, "num_layers": 2, "ffn_dim": 32, "freq_dim": 32}
-    sizes |= {"in_channels": 4, "out_channels": 4, "text_dim": 16, "rope_max_seq_len": 32}
-    model = diffusers.WanTransformer3DModel(attention_head_dim=head_dim, **(sizes | config))
-    return model.eval()
+    return tiny_wan(seed, attention_head_dim=head_dim, **config)
 
 
 def true_wan(size: str) -> nn.Module:

@@ -8,7 +8,7 @@ from copy import deepcopy
 
 import torch
 import torch.distributed as dist
-from diffusers import WanTransformer3DModel
+from tiny import tiny_wan
 from torch import Tensor, nn
 
 from gossamer.sparse.attach import attach, attentions, share_sequence
@@ -44,18 +44,7 @@ METHODS: dict[str, SparseMethod | None] = {
 
 def wan(method: SparseMethod | None) -> nn.Module:
     """Return a tiny Wan whose heads all have their own budgets, orders, gates and matrices."""
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        num_attention_heads=HEADS,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
+    model = tiny_wan(num_attention_heads=HEADS, attention_head_dim=12)
     attach(model.train(), method)
     for attention in attentions(model).values():
         for name, tensor in attention.state_dict().items():

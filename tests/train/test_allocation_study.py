@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_wan
 
 from gossamer.sparse.methods import NAMES
 from gossamer.train.allocation_study import TITLE, _lines, _published, _table, main
@@ -16,11 +17,7 @@ diffusers = pytest.importorskip("diffusers")
 
 
 def test_every_method_is_measured_and_the_model_is_left_as_it_was() -> None:
-    torch.manual_seed(0)
-    model = diffusers.WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16,
-        freq_dim=32, ffn_dim=32, num_layers=1, rope_max_seq_len=32,
-    ).eval()  # fmt: skip
+    model = tiny_wan(num_layers=1)
     x = torch.randn(1, 4, 4, 16, 16)
     sample = Sample(0, x, torch.tensor([0.5]), torch.randn(1, 7, 16), None, x)
     target = velocities(model, [sample], "teacher")

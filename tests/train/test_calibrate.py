@@ -218,7 +218,7 @@ def test_processes_share_the_samples_and_write_the_calibration_of_one(
 ) -> None:
     if "layout" in settings:
         settings |= {"layout__block": None, "layout__q_block": 4, "layout__kv_block": 4}
-    settings |= {"stages": ["calibrate"]}
+    settings |= {"stages": ["calibrate"], "calibration__path": None}
     assert launcher.run(lab.student(tmp_path, name="one", **settings)).code == 0
     done = launcher.ranks(lab.student(tmp_path, name="all", **settings), processes=processes)
     assert [one.code for one in done] == [0] * processes, done[0].text
@@ -245,7 +245,7 @@ def test_a_refusal_while_calibrating_ends_all_processes_and_is_said_once(
     settings: dict[str, Any], said: str, lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
     inject = settings.pop("inject", "")
-    overrides = lab.student(tmp_path, stages=["calibrate"], **settings)
+    overrides = lab.student(tmp_path, stages=["calibrate"], calibration__path=None, **settings)
     done = launcher.ranks(overrides, inject=inject and f"{__file__}:{inject}")
     assert [one.code for one in done] == [2, 2], done[0].text
     assert len(done[0].errors) == 1 and said in done[0].errors[0] and done[1].text == ""
@@ -266,7 +266,7 @@ def refuse_the_first_sample() -> None:
 def test_calibrate_says_what_it_chose_and_draws_each_head_and_level(
     lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
-    done = launcher.run(lab.student(tmp_path, stages=["calibrate"]))
+    done = launcher.run(lab.student(tmp_path, stages=["calibrate"], calibration__path=None))
     for said in (
         "captured attention mass of each head by noise level:",
         "relative velocity error (to first order) of each head by noise level:",
@@ -288,7 +288,14 @@ def test_a_run_to_an_error_budget_trains_evaluates_and_exports(
 ) -> None:
     stages = ["calibrate", "train", "evaluate", "export", "report"]
     done = launcher.run(
-        lab.student(tmp_path, sparsity="null", error_budget=0.15, steps=2, stages=stages)
+        lab.student(
+            tmp_path,
+            sparsity="null",
+            error_budget=0.15,
+            steps=2,
+            stages=stages,
+            calibration__path=None,
+        )
     )
     assert done.code == 0, done.text
     assert "asked: error_budget 0.15" in done.text
@@ -314,7 +321,8 @@ def test_a_run_to_an_error_budget_trains_evaluates_and_exports(
 def test_a_wrong_knob_is_refused_in_one_line(
     settings: dict[str, Any], said: str, lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
-    done = launcher.run(lab.student(tmp_path, stages=["calibrate"], **settings))
+    overrides = lab.student(tmp_path, stages=["calibrate"], calibration__path=None, **settings)
+    done = launcher.run(overrides)
     assert done.code == 2 and said in done.errors[0], done.text
 
 
@@ -370,8 +378,8 @@ def test_a_calibration_of_other_masks_or_another_model_is_refused(
 def test_a_forced_change_of_sparsity_calibrates_again_and_takes_the_new_masks(
     lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
-    assert launcher.run(lab.student(tmp_path)).code == 0
-    changed = lab.student(tmp_path, sparsity=0.8, steps=12, resume="force")
+    assert launcher.run(lab.student(tmp_path, calibration__path=None)).code == 0
+    changed = lab.student(tmp_path, sparsity=0.8, steps=12, resume="force", calibration__path=None)
     done = launcher.run(changed)
     assert done.code == 0 and "calibrating again: sparsity: 0.6, now 0.8" in done.text
     rows = [json.loads(line) for line in (tmp_path / "student" / "metrics.jsonl").open()]

@@ -196,7 +196,7 @@ def test_the_report_says_what_was_chosen_why_and_how_to_set_it(make_job: Any) ->
 def test_calibration_prints_a_bound_that_holds_for_each_layer(
     lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
-    done = launcher.run(lab.student(tmp_path, stages=["calibrate"]))
+    done = launcher.run(lab.student(tmp_path, stages=["calibrate"], calibration__path=None))
     folder = tmp_path / "student" / "calibration"
     found = Calibration(**json.loads((folder / "calibration.json").read_text()))
     assert len(found.map_bound) == len(found.layers)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_wan
 from torch import Tensor, nn
 
 from gossamer.sparse.attach import attach, attentions, mask_parameters
@@ -16,23 +17,12 @@ from gossamer.sparse.policies import Hybrid, TrainedHybrid
 from gossamer.train.density_controller import DensityController
 from gossamer.train.loop import mean_density
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 ALONE = SimpleNamespace(reduce=lambda x, how: x)
 
 
 def student(policy: Hybrid) -> nn.Module:
-    torch.manual_seed(0)
-    model = diffusers.WanTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
+    model = tiny_wan(num_attention_heads=4)
     method = SparseMethod(RowMajor(q_block=4, kv_block=2), MeanPool(), policy, Drop())
     return attach(model, method).train()
 

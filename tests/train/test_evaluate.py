@@ -74,7 +74,7 @@ def test_masks_that_keep_everything_have_no_velocity_error_but_rounding(make_job
     assert full.max() < 1e-5 < 1e-3 < sparse.min()
 
 
-def test_density_and_recall_equal_a_count_over_tokens(make_job: Any, calibrated: Path) -> None:
+def test_density_and_recall_equal_a_count_over_tokens(make_job: Any, lab: Any) -> None:
     q_size, kv_size = 20, 12  # neither divides the 128 tokens
     sizes = {"layout": "row_major", "layout__q_block": q_size, "layout__kv_block": kv_size}
     job = make_job(**sizes, layout__block=None, calibration__path=None)
@@ -149,7 +149,9 @@ def test_a_sparse_run_reports_its_errors_and_its_sparsity(
     lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
     stages = ["calibrate", "train", "evaluate"]
-    overrides = lab.student(tmp_path, stages=stages, repeat_seeds=[3], evaluation__clips=4)
+    overrides = lab.student(
+        tmp_path, stages=stages, repeat_seeds=[3], evaluation__clips=4, calibration__path=None
+    )
     file, found = tmp_path / "student" / "evaluation" / "evaluation.json", []
     for _ in range(2):
         file.unlink(missing_ok=True)

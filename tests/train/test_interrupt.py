@@ -77,8 +77,9 @@ def test_a_run_and_its_data_workers_told_to_stop_twice_ends_as_the_unbroken_one(
 def test_a_second_signal_ends_at_once(
     number: signal.Signals, lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
-    slow = {"batch_size": 128, "grad_accumulation": 128, "checkpoint_every": 1}
-    running = launcher.start(lab.student(tmp_path, **slow))
+    parts = {"batch_size": 4, "grad_accumulation": 4, "checkpoint_every": 1}
+    slow = f"{__file__}:take_seconds_after_the_first_step"
+    running = launcher.start(lab.student(tmp_path, **parts), inject=slow)
     running.when(lambda: (tmp_path / "student" / "checkpoints" / "step-1").exists())
     running.send(number)
     time.sleep(0.3)
@@ -86,6 +87,16 @@ def test_a_second_signal_ends_at_once(
     done = running.wait()
     assert done.code == -signal.SIGINT and "stopped by" not in done.text
     assert lab.run(tmp_path).newest.name == "step-1"
+
+
+def take_seconds_after_the_first_step() -> None:
+    compute, calls = VelocityDistillation.__call__, iter(range(10**9))
+
+    def slow(self: Any, *args: Any) -> Any:
+        time.sleep(0.5 * (next(calls) >= 4))
+        return compute(self, *args)
+
+    VelocityDistillation.__call__ = slow  # type: ignore[method-assign]
 
 
 @pytest.mark.case("F6")

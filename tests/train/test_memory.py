@@ -3,7 +3,7 @@
 import gc
 import logging
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +49,16 @@ def config(*more: str) -> Any:
             *more,
         ]
     )
+
+
+@cache
+def plan_of(*settings: str, dtype: torch.dtype = torch.bfloat16) -> Memory:
+    return estimate(config(*settings), LATENT, TEXT, dtype=dtype, clips=1)
+
+
+@cache
+def plan_of_calibration(*settings: str) -> Memory:
+    return estimate_calibration(config(*settings), LATENT, TEXT, dtype=torch.bfloat16)
 
 
 def real_step(cfg: Any, dtype: torch.dtype = torch.float32) -> Step:
@@ -167,7 +177,7 @@ def test_a_sparse_step_takes_at_most_5_percent_more_than_a_dense_one() -> None:
 
 
 def test_processes_share_the_states_and_gather_two_blocks() -> None:
-    whole = estimate(config(), LATENT, TEXT, dtype=torch.bfloat16, clips=1)
+    whole = plan_of()
 
     def plan(**split: Any) -> dict[str, int]:
         return whole.divided(Split(**split)).parts
@@ -205,10 +215,7 @@ def test_a_split_step_peaks_where_shares_of_gradients_and_activations_do() -> No
     ],
 )
 def test_each_setting_moves_its_own_part(settings: list[str], part: str, less: bool) -> None:
-    before, after = (
-        estimate(config(*more), LATENT, TEXT, dtype=torch.float32, clips=1).parts
-        for more in ([], settings)
-    )
+    before, after = (plan_of(*more, dtype=torch.float32).parts for more in ([], settings))
     assert (after.get(part, 0) < before.get(part, 0)) is less, (before, after)
     assert before["weights"] <= after["weights"] < 1.1 * before["weights"]  # LoRA adds a little
 
@@ -235,8 +242,7 @@ def test_a_cached_teacher_takes_nothing_and_an_unknown_one_is_refused(
     ],
 )
 def test_every_kind_of_mask_can_be_planned(settings: list[str]) -> None:
-    plain = estimate(config(), LATENT, TEXT, dtype=torch.bfloat16, clips=1)
-    other = estimate(config(*settings), LATENT, TEXT, dtype=torch.bfloat16, clips=1)
+    plain, other = plan_of(), plan_of(*settings)
     assert plain.total * 0.9 < other.total < plain.total * 1.5
 
 
@@ -251,8 +257,7 @@ def test_every_kind_of_mask_can_be_planned(settings: list[str]) -> None:
     ],
 )
 def test_the_calibration_of_every_kind_of_mask_can_be_planned(settings: list[str]) -> None:
-    plain = estimate_calibration(config(), LATENT, TEXT, dtype=torch.bfloat16)
-    other = estimate_calibration(config(*settings), LATENT, TEXT, dtype=torch.bfloat16)
+    plain, other = plan_of_calibration(), plan_of_calibration(*settings)
     assert plain.total * 0.9 < other.total < plain.total * 1.1
 
 

@@ -26,6 +26,7 @@ SETTINGS = {
     "layout__block": [1, 1, 2],
     "sparsity": 0.625,
     "ema": 0.5,
+    "calibration__path": None,
 }
 
 

@@ -31,6 +31,7 @@ SETTINGS = {
     "optimizer__final_lr": 1,
     "checkpoint_every": 2,
     "resume": "force",
+    "calibration__path": None,
 }
 FSDP = ["--use_fsdp", "--fsdp_version", "2"]
 

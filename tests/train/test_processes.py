@@ -1,6 +1,7 @@
 """Two processes on the CPU (gloo) are one run: the same losses, one folder, one end."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ def test_accelerate_launch_of_two_processes_gives_the_losses_of_one(
     command = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
     command += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "gossamer.train"]
     done = subprocess.run(
-        [*command, *lab.student(tmp_path / "runs")],
+        [*command, *lab.student(tmp_path / "runs", calibration__path=None)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(lab.source), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -83,9 +84,10 @@ def test_a_run_goes_on_in_another_number_of_processes(
 
 
 def test_a_refusal_of_the_first_process_ends_both_and_is_said_once(
-    unbroken: Any, lab: Any, launcher: Any
+    unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
-    first, second = launcher.ranks(lab.student(unbroken.folder.parent, steps=9))
+    shutil.copytree(unbroken.folder, tmp_path / "student")
+    first, second = launcher.ranks(lab.student(tmp_path, steps=9))
     assert first.code == second.code == 2
     assert len(first.errors) == 1 and "steps: 8 -> 9" in first.errors[0]
     assert "Traceback" not in first.text and second.text == ""

@@ -52,7 +52,7 @@ def refused(launcher: Any, overrides: list[str], **options: Any) -> str:
         ({"text__length": 8}, ["text.length=8: allowed is 4"]),
         ({"codec__channels": 8}, ["codec.channels=8: allowed is 4"]),
         ({"data__condition": "none"}, ["data.condition=none: allowed is first_frame"]),
-        ({"stages": ["train"]}, ["run `gossamer calibrate` first"]),
+        ({"stages": ["train"], "calibration__path": None}, ["run `gossamer calibrate` first"]),
         ({"stages": ["export"]}, ["a finished training"]),
         ({"stages": ["report"]}, ["run `gossamer evaluate`"]),
         ({"stages": ["train", "encode"]}, ["in this order"]),
@@ -142,7 +142,8 @@ def test_damaged_shards_are_refused_by_name(lab: Any, launcher: Any, tmp_path: P
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     for stages in (["calibrate", "train"], ["encode", "calibrate"]):
-        line = refused(launcher, lab.student(tmp_path, data__dir=data, stages=stages))
+        overrides = lab.student(tmp_path, data__dir=data, stages=stages, calibration__path=None)
+        line = refused(launcher, overrides)
         assert f"{shard.parent} damaged ({shard.name}" in line
     shard.unlink()
     assert "missing" in refused(launcher, lab.student(tmp_path, data__dir=data, name="new"))
@@ -160,20 +161,11 @@ def test_a_data_folder_of_another_request_is_refused(
     assert "the same request (sources there: " in line
 
 
-@pytest.fixture(scope="module")
-def finished(lab: Any, launcher: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A run of eight steps."""
-    runs = tmp_path_factory.mktemp("finished")
-    done = launcher.run(lab.student(runs))
-    assert done.code == 0, done.text
-    return lab.run(runs)
-
-
 @pytest.mark.case("F8")
 def test_a_run_folder_of_another_config_shows_the_difference_and_can_be_forced(
-    finished: Any, lab: Any, launcher: Any, tmp_path: Path
+    unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
-    shutil.copytree(finished.folder, tmp_path / "student")
+    shutil.copytree(unbroken.folder, tmp_path / "student")
     changes = {"steps": 10, "optimizer__lr": 5e-4}
     line = refused(launcher, lab.student(tmp_path, **changes))
     assert "steps: 8 -> 10" in line and "optimizer.lr: 0.001 -> 0.0005" in line
@@ -207,13 +199,13 @@ def test_a_run_folder_that_cannot_be_written_is_refused(
 
 @pytest.mark.case("F9")
 def test_a_checkpoint_of_another_model_is_refused_with_its_first_keys(
-    finished: Any, lab: Any, launcher: Any, tmp_path: Path
+    unbroken: Any, lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
     deeper = {**lab.teacher_settings, "name": "deeper", "model.num_layers": 3, "steps": 1}
     assert launcher.run(lab.overrides(tmp_path, deeper)).code == 0
-    shutil.copytree(finished.folder / "checkpoints", tmp_path / "student" / "checkpoints")
-    other = lab.student(tmp_path, model__path=tmp_path / "deeper" / "export")
-    line = refused(launcher, other)
+    shutil.copytree(unbroken.folder / "checkpoints", tmp_path / "student" / "checkpoints")
+    settings = {"model__path": tmp_path / "deeper" / "export", "calibration__path": None}
+    line = refused(launcher, lab.student(tmp_path, **settings))
     assert "a checkpoint of this model (29 tensors differ: blocks.2." in line
 
 
@@ -230,7 +222,10 @@ def test_a_run_that_another_process_holds_is_refused(
 def test_a_data_folder_that_another_process_fills_is_refused_and_later_shared(
     lab: Any, launcher: Any, tmp_path: Path
 ) -> None:
-    overrides = lab.student(tmp_path, data__dir=tmp_path / "data", stages=["encode", "calibrate"])
+    stages = ["encode", "calibrate"]
+    overrides = lab.student(
+        tmp_path, data__dir=tmp_path / "data", stages=stages, calibration__path=None
+    )
     with RunLock(tmp_path / "data"):
         assert "data.dir=" in refused(launcher, overrides)
     assert launcher.run(overrides).code == 0

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from tiny import tiny_wan
 from torch import Tensor, nn
 
 from gossamer.sparse.attach import attach, attentions
@@ -23,19 +23,7 @@ MASK_PARAMETERS = 2 * 512  # of a layer: k and p
 
 
 def wan(layers: int = 3) -> nn.Module:
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=32,
-        ffn_dim=64,
-        num_layers=layers,
-        rope_max_seq_len=32,
-    )
-    return attach(model, None).requires_grad_(False).eval()
+    return attach(tiny_wan(num_layers=layers, ffn_dim=64), None).requires_grad_(False).eval()
 
 
 def sample() -> Sample:

@@ -86,7 +86,7 @@ def test_jobs_of_one_process_find_what_they_find_alone(lab: Any, tmp_path: Path)
     settings = {
         "stages": ["calibrate", "train", "evaluate"], "steps": 2, "evaluation__every": 1,
         "calibration__seed": 0, "layout": "row_major", "layout__block": None,
-        "layout__q_block": 16, "layout__kv_block": 16,
+        "layout__q_block": 16, "layout__kv_block": 16, "calibration__path": None,
     }  # fmt: skip
     kept: dict[tuple[str, ...], Any] = {}
 

@@ -18,21 +18,21 @@ from gossamer.train.run_dir import CONFIG
 from gossamer.train.sweep import Launch, launch_command, sweep
 
 JOB = """
-import json, os, sys
-from pathlib import Path
+import os, sys
+
+name, sparsity, folder, result = sys.argv[1:]
+assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & set(os.environ)
+sys.stderr.write(f"working on {name}\\n")
+if sparsity == "0.5":
+    raise RuntimeError("out of luck")
+with open(f"{folder}/result.json", "w") as file:
+    file.write(result)
+"""
+CHILD = """
+import sys
 from gossamer.train.config import compose, fingerprint
 
-assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & set(os.environ)
-cfg = compose(sys.argv[1:])
-sys.stderr.write(f"working on {cfg.name}\\n")
-if cfg.sparsity == 0.5:
-    raise RuntimeError("out of luck")
-result = {
-    "config_fingerprint": fingerprint(cfg),
-    "finished": True,
-    "metrics": {"error_after": cfg.sparsity, "error_before": 1.0},
-}
-Path(cfg.run_dir, "result.json").write_text(json.dumps(result))
+print(fingerprint(compose(sys.argv[1:])))
 """
 
 
@@ -43,7 +43,14 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
 
     def command(launch: Launch, overrides: Sequence[str]) -> list[str]:
         commands.append(list(overrides))
-        return [sys.executable, "-c", JOB, *overrides]
+        cfg = compose(overrides)
+        result = {
+            "config_fingerprint": fingerprint(cfg),
+            "finished": True,
+            "metrics": {"error_after": cfg.sparsity, "error_before": 1.0},
+        }
+        arguments = [cfg.name, str(cfg.sparsity), cfg.run_dir, json.dumps(result)]
+        return [sys.executable, "-S", "-c", JOB, *arguments]
 
     def report(folder: Path) -> Path:
         assert (folder / "summary.json").is_file()
@@ -173,10 +180,9 @@ def test_the_fingerprint_of_parent_and_child_agree(
     started: list[list[str]], tmp_path: Path
 ) -> None:
     sweep([f"runs_dir='{tmp_path}'", "sparsity=0.75,0.8"])
-    for overrides in started:
-        cfg = compose(overrides)
-        result = json.loads(Path(cfg.run_dir, "result.json").read_text())
-        assert result["config_fingerprint"] == fingerprint(cfg)
+    child = [sys.executable, "-c", CHILD, *started[1]]
+    found = subprocess.run(child, capture_output=True, text=True, check=True).stdout.strip()
+    assert found == fingerprint(compose(started[1])) != fingerprint(compose(started[0]))
 
 
 @pytest.mark.multi

@@ -30,6 +30,7 @@ COMMON = {
     "stages": ["calibrate", "train", "export"],
     "loss": "flow_matching",  # in a few steps it falls by more than its noise
     "ema": 0.5,
+    "calibration__path": None,
 }
 POLICY = {"allocation": "fixed", "policy__k": DENSITY}
 
@@ -50,14 +51,14 @@ def finished(lab: Any, launcher: Any, runs: Any, **settings: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def untrained(lab: Any, launcher: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return finished(lab, launcher, tmp_path_factory.mktemp("untrained"), **POLICY)
+def untrained(lab: Any, launcher: Any, made_once: Any) -> Any:
+    return lab.run(made_once("untrained", lambda runs: finished(lab, launcher, runs, **POLICY)))
 
 
 @pytest.fixture(scope="module")
-def together(lab: Any, launcher: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def together(lab: Any, launcher: Any, made_once: Any) -> Any:
     """A run that trains budgets, router and gate at once."""
-    return finished(lab, launcher, tmp_path_factory.mktemp("together"), **ALL)
+    return lab.run(made_once("together", lambda runs: finished(lab, launcher, runs, **ALL)))
 
 
 @pytest.mark.parametrize("name", OPTIONS)

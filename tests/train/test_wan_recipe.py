@@ -110,6 +110,8 @@ def test_check_answers_from_the_configs_alone(
 def test_check_uses_the_dtype_of_accelerates_mixed_precision(
     true_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shallow = json.dumps({**TRANSFORMER, "num_layers": 2})  # its memory is planned at once
+    (true_folder / "transformer" / "config.json").write_text(shallow)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert main(["check", *overrides(true_folder)]) == 0
     assert "bfloat16" in capsys.readouterr().err
@@ -269,14 +271,16 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(made_once: Any) -> Path:
     """Run the recipe on a tiny pipeline and return the run's folder."""
-    root = tmp_path_factory.mktemp("tiny")
-    tiny_pipeline().save_pretrained(root / "wan")
-    write_videos(root / "videos")
-    paths = [f"model.path={root}/wan", f"data.source={root}/videos", f"data.dir={root}/data"]
-    assert main(["train", RECIPE, *paths, f"runs_dir={root}/runs", "name=tiny", *TINY]) == 0
-    return root / "runs" / "tiny"
+
+    def fill(root: Path) -> None:
+        tiny_pipeline().save_pretrained(root / "wan")
+        write_videos(root / "videos")
+        paths = [f"model.path={root}/wan", f"data.source={root}/videos", f"data.dir={root}/data"]
+        assert main(["train", RECIPE, *paths, f"runs_dir={root}/runs", "name=tiny", *TINY]) == 0
+
+    return made_once("recipe", fill) / "runs" / "tiny"
 
 
 def generate(pipeline: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A small film, its shards and a tiny dense teacher, made once; jobs run in their own processes."""
+"""A small film, its shards and a tiny dense teacher; jobs run in their own processes."""
 
 import json
 import os
@@ -7,18 +7,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pytest
-import torch
 
 import gossamer
-from gossamer.train.config import compose
-from gossamer.train.files import sha256
-from gossamer.train.job import Job, make_accelerator
 
 ROOT = Path(gossamer.__file__).parents[1]  # holds gossamer/, installed or not
 SHOTS, SHOT_FRAMES, HEIGHT, WIDTH = 4, 24, 32, 64
@@ -133,6 +128,8 @@ class Launcher:
             stdout=subprocess.PIPE,
             text=True,
         )
+        assert self._server.stdout is not None
+        self._server.stdout.readline()  # it has imported all, so that no job waits for that
 
     def start(
         self,
@@ -216,6 +213,8 @@ class Run:
     @property
     def weights(self) -> dict[str, str]:
         """File -> SHA-256 of the tensors of the newest checkpoint."""
+        from gossamer.train.files import sha256
+
         return {file.name: sha256(file) for file in sorted(self.newest.glob("*.safetensors"))}
 
 
@@ -243,6 +242,11 @@ class Lab:
         return dict(TEACHER)
 
     @property
+    def calibrated(self) -> Path:
+        """A folder with the calibration of the student's settings."""
+        return self.root / "runs" / "calibrated" / "calibration"
+
+    @property
     def student_settings(self) -> dict[str, object]:
         return {"name": "student", **STUDENT, "model.path": self.teacher}
 
@@ -255,9 +259,13 @@ class Lab:
         return [f"{key}={value}" for key, value in {**BASE, **paths, **settings}.items()]
 
     def student(self, runs: Path, **settings: object) -> list[str]:
-        """Return the overrides of a sparse student; `__` stands for a dot, None leaves out."""
+        """Return the overrides of a sparse student; `__` stands for a dot, None leaves out.
+
+        It takes the lab's calibration: one with other masks, or whose calibration is of interest,
+        is given calibration__path=None.
+        """
         named = {name.replace("__", "."): value for name, value in settings.items()}
-        merged = {**self.student_settings, **named}
+        merged = {**self.student_settings, "calibration.path": self.calibrated, **named}
         return self.overrides(runs, {k: v for k, v in merged.items() if v is not None})
 
 
@@ -277,62 +285,3 @@ def write_film(path: Path) -> None:
                 frame[top : top + 8, left : left + 8] = (255, 128, 0)
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
-
-
-@pytest.fixture(scope="session")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    launcher = Launcher(tmp_path_factory.mktemp("logs"))
-    yield launcher
-    launcher.close()
-
-
-@pytest.fixture(scope="module")
-def unbroken(
-    request: pytest.FixtureRequest,
-    lab: Lab,
-    launcher: Launcher,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Run:
-    """The run in one process, of the module's SETTINGS if it has any, that nothing disturbs."""
-    runs = tmp_path_factory.mktemp("unbroken")
-    done = launcher.run(lab.student(runs, **getattr(request.module, "SETTINGS", {})))
-    assert done.code == 0, done.text
-    return lab.run(runs)
-
-
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> Lab:
-    lab = Lab(tmp_path_factory.mktemp("lab"))
-    write_film(lab.film)
-    lab.film.with_suffix(".txt").write_text("a square over a shaded ground")
-    done = launcher.run(lab.overrides(lab.root / "runs", TEACHER))
-    assert done.code == 0, done.text
-    return lab
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Compute in one thread, as the jobs of the launcher do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def calibrated(lab: Lab, launcher: Launcher) -> Path:
-    """A folder with the calibration of the student's settings."""
-    done = launcher.run(lab.student(lab.root / "runs", name="calibrated", stages=["calibrate"]))
-    assert done.code == 0, done.text
-    return lab.root / "runs" / "calibrated" / "calibration"
-
-
-@pytest.fixture
-def make_job(lab: Lab, calibrated: Path, tmp_path: Path, one_thread: None) -> Callable[..., Job]:
-    """Return a function: settings of a student -> its Job in this process, masks calibrated."""
-
-    def make(**settings: object) -> Job:
-        cfg = compose(lab.student(tmp_path, **{"calibration__path": calibrated, **settings}))
-        return Job(cfg, make_accelerator(cfg), list(cfg.stages))
-
-    return make

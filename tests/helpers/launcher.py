@@ -1,10 +1,11 @@
 """A process that imports the trainer once and forks it for each job, so that a job starts at once.
 
-It reads one JSON request a line: {"start": the arguments of `run`} prints the
-process id, {"wait": pid} its exit status as subprocess counts it.
+It says when it is ready, and reads one JSON request a line: {"start": the arguments of `run`}
+prints the process id, {"wait": pid} its exit status as subprocess counts it.
 """
 
 import functools
+import gc
 import json
 import os
 import runpy
@@ -13,10 +14,12 @@ import sys
 import traceback
 
 import av  # noqa: F401  (imported here so that no job has to)
+import pyarrow.parquet  # noqa: F401
 from diffusers import WanTransformer3DModel  # noqa: F401
 
-from gossamer.train import checkpoint, job, stages  # noqa: F401
+from gossamer.train import checkpoint, evaluation, job, report, results, stages  # noqa: F401
 from gossamer.train.cli import main
+from gossamer.train.config import compose
 
 
 def run(
@@ -82,6 +85,11 @@ def die_in_save(number: int, point: str) -> None:
 
 
 def serve() -> None:
+    for model in ("scratch_wan", "pretrained"):  # fills the caches of schema and grammar
+        compose([f"model={model}"])
+    gc.freeze()
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
