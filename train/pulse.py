@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch.distributed.distributed_c10d import PrefixStore, TCPStore
+from torch.distributed.distributed_c10d import PrefixStore
 
 from gossamer.train.refusal import Refusal
 
@@ -213,7 +213,9 @@ def meeting(seconds: float | None = None) -> Iterator[None]:
         host, port = where.split(":")
         try:
             wait = timedelta(seconds=limit)
-            store = TCPStore(host, int(port), timeout=wait, wait_for_workers=False)
+            store = dist.TCPStore(  # type: ignore[attr-defined]
+                host, int(port), timeout=wait, wait_for_workers=False
+            )
             while not over.wait(BEAT):
                 store.check(["meeting"])
         except (dist.DistError, RuntimeError, ValueError):
