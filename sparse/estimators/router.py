@@ -69,8 +69,9 @@ class Router(Fp32Module):
         with no_autocast(q):
             logit = (near @ q_mean[..., None])[..., 0] * q.shape[-1] ** -0.5
         with torch.no_grad():
-            log_size = of_column(mask.kv_layout.sizes.float().log(), band.column)
-            soft = _soft_top_k((logit + log_size) / self.temperature, band)
+            size = of_column(mask.kv_layout.sizes.float(), band.column)
+            valid = band.valid & (size > 0)  # of an empty cluster the logit is -inf
+            soft = _soft_top_k((logit + size.log()) / self.temperature, valid, band.side)
             weight = soft * (1 - soft)  # the slope of the sigmoid
             weight_sum = weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
         change = (logit - logit.detach()) / self.temperature
@@ -86,11 +87,11 @@ class Router(Fp32Module):
         return q_mean + q_more, k_mean + k_more
 
 
-def _soft_top_k(x: Tensor, band: Band) -> Tensor:
-    """Return sigmoid(x + c), c of each row such that its sum is the band's selected blocks."""
-    x = x.masked_fill(~band.valid, -torch.inf)
-    wanted = band.valid[..., : band.side].sum(-1, keepdim=True)
-    finite = x.masked_fill(~band.valid, 0)
+def _soft_top_k(x: Tensor, valid: Tensor, side: int) -> Tensor:
+    """Return sigmoid(x + c), c such that a row sums to the valid ones of its first `side`."""
+    x = x.masked_fill(~valid, -torch.inf)
+    wanted = valid[..., :side].sum(-1, keepdim=True)
+    finite = x.masked_fill(~valid, 0)
     low = -finite.amax(-1, keepdim=True) - 40
     high = -finite.amin(-1, keepdim=True) + 40
     for _ in range(40):

@@ -511,6 +511,27 @@ def test_the_gradient_of_the_router_follows_blended_attention() -> None:
                 torch.testing.assert_close(parameter.grad[at], expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_an_empty_cluster_has_no_part_in_the_routers_gradient(count: int) -> None:
+    def gradient(edges: list[int]) -> Tensor:
+        q_layout, kv_layout = (
+            BlockLayout(torch.tensor(ends).int(), 30) for ends in ([0, 30, 60], edges)
+        )
+        router = in_double(Router(temperature=0.6, side=len(edges) - 1).for_heads(HEADS, DIM))
+        q, key, v = qkv()
+        scores = router(q, key, v, q_layout, kv_layout)
+        mask = Hybrid(k=count / (len(edges) - 1))(scores)
+        band = find_band(scores, mask, router.side)
+        incoming = torch.arange(1.0, 61, dtype=torch.float64)[kv_layout.offsets[band.column].long()]
+        (router.gate(q, key, band, mask) * incoming).sum().backward()
+        return router.k_change.grad
+
+    expected = gradient([0, 12, 20, 37, 60])
+    found = gradient([0, 12, 20, 20, 37, 60])
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_backbone_gets_a_gradient_through_the_router_only_if_asked(detach: bool) -> None:
     trained = attention(estimator=Router(temperature=1.0, detach=detach))
