@@ -89,7 +89,8 @@ def detach(target: Any) -> Any:
         q, k = (100 * torch.stack([*rates.values()]).mean((0, 2))).tolist()
         logger.info("clusters: from step to step %.1f %% of q, %.1f %% of k tokens stayed", q, k)
     record: Attachment = model.__dict__.pop(RECORD)
-    record.handle.remove()
+    for hook in record.hooks:
+        hook.remove()
     model.__dict__.pop("cache_context", None)
     for name, original in record.originals.items():
         layer = model.get_submodule(name)
@@ -138,8 +139,9 @@ def share_sequence(target: Any, sequence: SequenceParallel) -> None:
     family = family_of(model)
     heads = next(layer.heads for _, layer in family.self_attentions(model))
     check_shared_sequence(model, sequence.size, heads)
-    family.share_tokens(model, sequence)
-    model.__dict__[RECORD].context.sequence = sequence
+    record: Attachment = model.__dict__[RECORD]
+    record.hooks += family.share_tokens(model, sequence)
+    record.context.sequence = sequence
 
 
 def check_shared_sequence(model: nn.Module, size: int, heads: int) -> None:
