@@ -133,22 +133,31 @@ def mask_parameters(target: Any) -> dict[str, nn.Parameter]:
 def share_sequence(target: Any, sequence: SequenceParallel) -> None:
     """Share the tokens and heads of an attached model among the processes of a group.
 
-    Raises ValueError for a family that cannot, or heads that do not divide.
+    Raises ValueError for a family that cannot, heads that do not divide, or a mask of all heads.
     """
     model = transformer_of(target)
     family = family_of(model)
     heads = next(layer.heads for _, layer in family.self_attentions(model))
-    check_shared_sequence(model, sequence.size, heads)
+    first = next(iter(attentions(model).values()))
+    check_shared_sequence(model, sequence.size, heads, getattr(first, "policy", None))
     record: Attachment = model.__dict__[RECORD]
     record.hooks += family.share_tokens(model, sequence)
     record.context.sequence = sequence
 
 
-def check_shared_sequence(model: nn.Module, size: int, heads: int) -> None:
-    """Refuse a family whose tokens cannot be shared, and heads that `size` does not divide."""
+def check_shared_sequence(model: nn.Module, size: int, heads: int, policy: Any) -> None:
+    """Refuse a family whose tokens cannot be shared, and heads that `size` does not divide.
+
+    And a policy (or its settings) with one budget for all heads, of which a process sees its own.
+    """
     name = type(model).__name__
     if size > 1 and not hasattr(family_of(model), "share_tokens"):
         raise ValueError(f"sequence_parallel={size}: allowed is 1 for {name}; set it to 1")
+    if size > 1 and getattr(policy, "scope", None) == "layer":
+        raise ValueError(
+            f"policy.scope=layer: allowed is row or head with sequence_parallel={size}, where no "
+            "process sees all heads of a layer; set policy.scope=head"
+        )
     if heads % size:
         raise ValueError(
             f"sequence_parallel={size}: allowed is a divisor of the {heads} heads of {name}; "

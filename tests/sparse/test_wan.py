@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from gossamer.sparse.attach import attach, attentions, detach, mask_state, share_sequence
 from gossamer.sparse.attention import DenseAttention, SparseMethod
 from gossamer.sparse.compensation import Centroid, Drop
+from gossamer.sparse.error_budget import ErrorBudget
+from gossamer.sparse.estimators.error_aware import ErrorAware
 from gossamer.sparse.estimators.mean_pool import MeanPool
 from gossamer.sparse.estimators.router import Router
 from gossamer.sparse.layout import RowMajor, Tiles, TokenGrid
@@ -296,6 +298,15 @@ def test_detach_ends_the_sharing_of_tokens() -> None:
     expected = run(model, call)
     share_sequence(attach(model, None), SequenceParallel(None, 1, 2))
     assert torch.equal(run(detach(model), call), expected)
+
+
+def test_error_budgets_of_a_layer_are_refused_where_processes_share_its_heads() -> None:
+    for scope, found in (("head", nullcontext()), ("layer", pytest.raises(ValueError))):
+        policy = ErrorBudget(scope=scope)
+        model = attach(wan(), SparseMethod(Tiles(), ErrorAware(), policy, Centroid()))
+        with found as refused:
+            share_sequence(model, SequenceParallel(None, 0, 2))
+    assert "policy.scope=layer: allowed is row or head with sequence_parallel=2" in str(refused)
 
 
 def test_context_parallelism_of_diffusers_is_refused() -> None:
