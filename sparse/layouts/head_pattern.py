@@ -213,18 +213,14 @@ def _mean(weight: Tensor, value: Tensor) -> Tensor:
     return total / size.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def band_width(density: float, num_tokens: int, num_text: int = 0) -> float:
+def band_width(density: float, num_tokens: int) -> float:
     """Return the w, in tokens, for which |i - j| <= w selects the share `density` of all pairs.
 
-    Rows and columns of `num_text` of the tokens are selected as well and count (SVG1's
-    sparsity_to_width, whose s - 2 * text / N is this to first order); 0 where they are enough.
+    SVG1's sparsity_to_width, of video tokens alone.
     """
     if not 0 <= density <= 1:
         raise ValueError(f"density={density}: allowed is a share from 0 to 1; e.g. density=0.2")
-    video = num_tokens - num_text
-    not_video = num_tokens**2 - video**2
-    share = max(0.0, (density * num_tokens**2 - not_video) / video**2)  # of pairs of video tokens
-    return video * (1 - sqrt(1 - share))
+    return num_tokens * (1 - sqrt(1 - density))
 
 
 def sampled_rows(num_tokens: int, rows: int) -> Tensor:
