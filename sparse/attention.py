@@ -106,11 +106,6 @@ class SparseAttention(nn.Module):
         if self.codebooks is not None:
             self.codebooks.start(branch, is_first)
 
-    def reset_codebook(self) -> None:
-        """Forget the clusters of all branches: a run over another prompt begins."""
-        if self.codebooks is not None:
-            self.codebooks.reset()
-
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, timestep: Tensor) -> Tensor:
         """Return attention of q, k, v [B, H, S, D] in sequence order; timestep [B]."""
         if self.is_dense:
