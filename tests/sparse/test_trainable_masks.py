@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gossamer.sparse.attention import SparseAttention, SparseMethod
 from gossamer.sparse.compensation import Centroid, Drop, GatedCentroid, Linear
@@ -13,6 +14,7 @@ from gossamer.sparse.estimators.mean_pool import MeanPool
 from gossamer.sparse.estimators.router import Router
 from gossamer.sparse.gates import find_band
 from gossamer.sparse.layout import BlockLayout, RowMajor, Tiles, TokenGrid
+from gossamer.sparse.linear_branch import linear_complement
 from gossamer.sparse.mask import BlockMask, BlockScores
 from gossamer.sparse.policies import Hybrid, TrainedHybrid
 
@@ -414,6 +416,46 @@ def test_linear_leaves_full_rows_alone() -> None:
     nn.init.normal_(linear.compensation.projection)
     dense = nn.functional.scaled_dot_product_attention(*x)
     torch.testing.assert_close(linear(*x, GRID, T), dense)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that is made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        found = out if isinstance(out, tuple | list) else [out]
+        sizes = [x.numel() for x in found if isinstance(x, Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return out
+
+
+def test_linear_attention_over_clusters_is_exact_and_holds_no_pairs_of_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens, sizes = 1500, ([700, 0, 1, 99, 200, 500, 0], [64, 0, 1, 435, 900, 63, 37])
+    q, k, v = torch.randn(3, 1, 2, tokens, 4, generator=generator, dtype=torch.float64)
+    q_layout, kv_layout = (
+        BlockLayout(torch.tensor([0, *s]).cumsum(0).int(), tokens) for s in sizes
+    )
+    selected = torch.rand(1, 2, 7, 7, generator=generator) < 0.4
+    selected[0, 1, 3] = True  # leaves out nothing
+    left_out = (~selected).double().requires_grad_()
+    x = [t.requires_grad_() for t in (q, k, v)]
+    with Largest() as largest:
+        blocks = BlockMask(q_layout, kv_layout, selected).blocks
+        out = linear_complement(*x, left_out, blocks)
+    assert largest.elements < 4 * v.numel()
+    row, column = (torch.arange(7).repeat_interleave(y.sizes) for y in (q_layout, kv_layout))
+    weight = (q.softmax(-1) @ k.softmax(-1).mT) * left_out[:, :, row][..., column]
+    norm = weight.sum(-1, keepdim=True)
+    expected = weight @ v / norm.masked_fill(norm == 0, 1)
+    torch.testing.assert_close(out, expected)
+    found, wanted = (
+        torch.autograd.grad((y * v.detach()).sum(), (*x, left_out)) for y in (out, expected)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # Router
