@@ -10,6 +10,8 @@ from gossamer.sparse.fp32 import no_autocast
 
 # Elements of the [Nq, D, D] sums held at once: 1 GiB of fp32.
 _MAX_ELEMENTS = 1 << 28
+# Of features that do not meet; far lower, the gradient of the quotient overflows.
+_LEAST_NORM = 1e-20
 # Padded tokens for each token, at most; else blocks are cut into pieces of so many tokens. Clusters
 # give a loose bound of their size: all tokens.
 _MAX_PADDING, _PIECE = 4, 64
@@ -61,7 +63,7 @@ def _heads(
         per_block = (phi_k.transpose(-1, -2) @ v).flatten(-2)  # [B, H, Nk, D * D]
         total = (left_out @ per_block).unflatten(-1, (q.shape[-1], -1))  # [B, H, Nq, D, D]
         norm = phi_q @ (left_out @ phi_k.sum(-2))[..., None]  # [B, H, Nq, m, 1]
-        out = phi_q @ total / norm.masked_fill(norm == 0, 1)
+        out = phi_q @ total / norm.masked_fill(norm == 0, 1).clamp(min=_LEAST_NORM)
     block = block_of_token(q_offsets, q.shape[2])  # [B, H, Sq]
     slot = torch.arange(q.shape[2], device=q.device) - q_offsets.gather(-1, block)
     return _take(out.flatten(2, 3), block * sizes[0] + slot)

@@ -418,6 +418,19 @@ def test_linear_leaves_full_rows_alone() -> None:
     torch.testing.assert_close(linear(*x, GRID, T), dense)
 
 
+@pytest.mark.parametrize("apart", [20.0, 60.0, 90.0, 100.0, 200.0])
+def test_linear_attention_of_features_that_hardly_meet_has_finite_gradients(apart: float) -> None:
+    q, k, v = qkv(dtype=torch.float32)
+    q[..., 1], k[..., 0] = q[..., 0] + apart, apart  # the features of k are near 0 where q's are 1
+    x = [t.requires_grad_() for t in (q, k, v)]
+    linear = attention(policy=Hybrid(k=0.0), compensation=Linear())
+    nn.init.eye_(linear.compensation.projection)
+    out = linear(*x, GRID, T)
+    (out * qkv(2, torch.float32)[0]).sum().backward()
+    assert out.isfinite().all()
+    assert all(t.grad.isfinite().all() for t in (*x, linear.compensation.projection))
+
+
 class Largest(TorchDispatchMode):
     """Notes the elements of the largest tensor that is made inside."""
 
