@@ -30,7 +30,8 @@ class MaskEstimator(Protocol):
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, q_layout: BlockLayout, kv_layout: BlockLayout
-    ) -> BlockScores: ...
+    ) -> BlockScores:
+        """Return scores [B, H, Nq, Nk] of q, k, v [B, H, S, D]."""
 
 
 class Compensation(Protocol):
@@ -38,7 +39,8 @@ class Compensation(Protocol):
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, backend: str, gate: Gate | None
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Return attention of q, k, v [B, H, S, D] in block order; `gate` where masks learn."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class HeadPattern:
     `density` and with the first `sink_frames` frames and all text kept, is compared with the dense
     output; the lower mean squared error wins. A head in which both exceed `max_error` of the
     output's mean square has neither pattern and stays in frame-major order. Temporal-major order
-    leaves the sink frames in front, in blocks of their own.
+    leaves the sink frames in front; a block that is half or more of their tokens counts as a sink.
     """
 
     def __init__(
