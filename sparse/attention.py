@@ -149,7 +149,9 @@ class SparseAttention(nn.Module):
             chosen = self.policy(scores)
         # Reentrant checkpointing first runs without gradients: training counts as well.
         if self.learning and (self.training or torch.is_grad_enabled()):
-            self.band = find_band(scores, chosen, max(part.side for part in self.learning))
+            side = max(part.side for part in self.learning)
+            by_pair = not self.policy.counts_blocks
+            self.band = find_band(scores, chosen, side, by_pair=by_pair)
         self.mask = keep_text(chosen)
         if self.codebooks is not None:
             self.codebooks.observe(scores, self.mask, v)

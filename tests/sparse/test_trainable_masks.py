@@ -17,6 +17,7 @@ from gossamer.sparse.layout import BlockLayout, RowMajor, Tiles, TokenGrid
 from gossamer.sparse.linear_branch import linear_complement
 from gossamer.sparse.mask import BlockMask, BlockScores
 from gossamer.sparse.policies import Hybrid, TrainedHybrid
+from gossamer.sparse.token_share import TokenHybrid
 
 GRID, HEADS, DIM = TokenGrid(3, 4, 5), 3, 8
 T = torch.ones(2)
@@ -519,6 +520,55 @@ def test_the_router_gets_the_soft_top_k_of_its_logits() -> None:
                 torch.testing.assert_close(
                     grad[tuple(at)], (ends[0] - ends[1]) / (2 * eps), rtol=1e-4, atol=1e-6
                 )
+
+
+def test_with_a_budget_of_token_pairs_the_router_moves_the_blocks_that_it_decides_on() -> None:
+    """The nearest by score over tokens, and so that the row's soft tokens stay what they are."""
+    sizes = torch.tensor([3, 20, 2, 9, 1, 7, 18])
+    q_layout = BlockLayout(torch.tensor([0, 25, 60]).int(), 35)
+    kv_layout = BlockLayout(torch.tensor([0, *sizes]).cumsum(0).int(), 20)
+    router = in_double(Router(temperature=0.5, side=2).for_heads(HEADS, DIM))
+    q, k, v = qkv()
+    scores = router(q, k, v, q_layout, kv_layout)
+    mask = TokenHybrid(k=0.5)(scores)
+    band = find_band(scores, mask, router.side, by_pair=True)
+    order = (scores.score / sizes).argsort(-1, descending=True)
+    count = mask.selected.sum(-1, keepdim=True)
+    assert count.min() >= 2 and count.max() <= 5
+    nearest = order.gather(-1, count + torch.tensor([-1, -2, 0, 1]))
+    assert torch.equal(band.column, nearest)
+    size = sizes[band.column].double()
+
+    def soft() -> Tensor:
+        q_mean, k_mean = (
+            torch.stack([b.mean(2) for b in x.split(own.tolist(), 2)], 2)
+            @ (change + torch.eye(DIM))
+            for x, own, change in (
+                (q, q_layout.sizes, router.q_change),
+                (k, sizes, router.k_change),
+            )
+        )
+        logit = (q_mean @ k_mean.mT * DIM**-0.5).gather(-1, band.column) / 0.5
+        wanted = size[..., :2].sum(-1, keepdim=True)
+        low, high = (torch.full_like(logit[..., :1], s * 100.0) for s in (-1, 1))
+        for _ in range(100):
+            middle = (low + high) / 2
+            above = (size * (logit + middle).sigmoid()).sum(-1, keepdim=True) > wanted
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        return (logit + low).sigmoid()
+
+    incoming = torch.randn(band.column.shape, dtype=torch.float64)
+    (router.gate(q, k, band, mask) * incoming).sum().backward()
+    with torch.no_grad():
+        for parameter in (router.q_change, router.k_change):
+            for at in [(0, 0, 0), (1, 3, 5), (2, 7, 1)]:
+                ends = []
+                for sign in (1, -2):
+                    parameter[at] += sign * 1e-6
+                    ends.append((soft() * incoming).sum())
+                parameter[at] += 1e-6
+                expected = (ends[0] - ends[1]) / 2e-6
+                torch.testing.assert_close(parameter.grad[at], expected, rtol=1e-4, atol=1e-7)
 
 
 def test_the_gradient_of_the_router_follows_blended_attention() -> None:
