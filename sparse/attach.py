@@ -190,7 +190,7 @@ def mask_state(target: Any) -> dict[str, Tensor]:
 
 
 def load_mask_state(target: Any, state: dict[str, Tensor]) -> None:
-    """Load what `mask_state` returned; ValueError when it belongs to another model."""
+    """Load what `mask_state` returned; ValueError when it is of another model, or out of range."""
     own = mask_state(target)
     odd = sorted(own.keys() ^ state.keys())
     odd += sorted(n for n in own.keys() & state.keys() if own[n].shape != state[n].shape)
@@ -199,13 +199,34 @@ def load_mask_state(target: Any, state: dict[str, Tensor]) -> None:
             f"mask policy={odd[0]}: allowed is a policy made for this model "
             f"({len(own)} tensors); calibrate this model or load the one it was made for"
         )
-    for name, tensor in state.items():
-        if not tensor.isfinite().all():
+    trained = mask_parameters(target)
+    for name, tensor in state.items():  # a limit of a filter may be -inf
+        if not (tensor.isfinite() if name in trained else ~tensor.isnan()).all():
             raise ValueError(
                 f"mask policy={name}: allowed are finite numbers; the file is damaged, export again"
             )
+    before = {name: tensor.clone() for name, tensor in own.items()}
     for name, tensor in own.items():
         tensor.copy_(state[name])
+    for layer, attention in attentions(target).items():
+        try:
+            _check_numbers(attention)
+        except ValueError as error:
+            for name, tensor in own.items():
+                tensor.copy_(before[name])
+            raise ValueError(f"mask policy={layer}: {error}") from error
+
+
+def _check_numbers(attention: nn.Module) -> None:
+    """Raise the ValueError of the setter of each part whose numbers are out of range."""
+    for part, setter, names in (
+        ("policy", "set_budget", ("k", "p")),
+        ("layout", "set_choice", ("choice",)),
+        ("compensation", "set_limit", ("skip_below",)),
+    ):
+        found = getattr(attention, part, None)
+        if hasattr(found, setter):
+            getattr(found, setter)(*(getattr(found, name) for name in names))
 
 
 def save_policy(folder: str | Path, spec: dict[str, Any], state: dict[str, Tensor]) -> None:
