@@ -92,10 +92,16 @@ def _true_errors(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Return Spearman's coefficient along the last dimension."""
-    ranks = [x.argsort(-1).argsort(-1).double() for x in (a, b)]
-    x, y = (r - r.mean(-1, keepdim=True) for r in ranks)
+    """Return Spearman's coefficient along the last dimension; equal values share a rank."""
+    x, y = (r - r.mean(-1, keepdim=True) for r in map(_ranks, (a, b)))
     return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1)).clamp(min=1e-12)
+
+
+def _ranks(x: Tensor) -> Tensor:
+    """Return twice the mean rank of the entries that equal each, fp64."""
+    x, ordered = x.contiguous(), x.sort(-1)[0]
+    first, end = (torch.searchsorted(ordered, x, right=right) for right in (False, True))
+    return (first + end).double()
 
 
 def _of_head(offsets: Tensor, head: int) -> Tensor:

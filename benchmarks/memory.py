@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 
-from gossamer.benchmarks.training_step import DENSE, LATENTS, SHAPES, Row, Step, config, measure
+from gossamer.benchmarks.training_step import (
+    DENSE,
+    LATENTS,
+    SHAPES,
+    Row,
+    Step,
+    check_only,
+    config,
+    measure,
+)
 from gossamer.train.files import write_atomic
 from gossamer.train.memory import GIB, Memory, Split, estimate
 from gossamer.train.study_output import environment, heading
@@ -110,6 +119,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path, default=Path("runs/memory.md"))
     options = parser.parse_args(arguments)
+    check_only(parser, [options.only], MEASURED)
     command = shlex.join(["python", "-m", "gossamer.benchmarks.memory", *arguments])
     header = environment(command, options.commit)
     if options.measure:

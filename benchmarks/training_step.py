@@ -12,7 +12,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -298,8 +298,8 @@ def kernels(step: Step) -> list[tuple[str, float, int]]:
 
 
 def markdown(rows: list[Row], header: dict[str, str], title: str) -> str:
-    """Return the table of parts and the ratios to the first row."""
-    dense = rows[0]
+    """Return the table of parts and the ratios to the dense step."""
+    dense = next((row for row in rows if row.density == 1 and not row.reason), None)
     columns = ["step", "density", *PARTS, "total", "x dense: student, total"]
     columns += ["peak GiB", "estimate", "off by"]
     lines = [
@@ -318,8 +318,10 @@ def markdown(rows: list[Row], header: dict[str, str], title: str) -> str:
             continue
         cells = [row.variant, f"{row.density:.3f}"]
         cells += [f"{row.ms[part]:.0f}" if part in row.ms else "-" for part in PARTS]
-        ratios = (dense.student / row.student, dense.total / row.total)
-        cells += [f"{row.total:.0f}", ", ".join(f"{ratio:.2f}" for ratio in ratios)]
+        ratios = "-"
+        if dense:
+            ratios = f"{dense.student / row.student:.2f}, {dense.total / row.total:.2f}"
+        cells += [f"{row.total:.0f}", ratios]
         off = f"{row.estimated / row.peak - 1:+.1%}" if row.peak else "-"
         cells += [f"{row.peak / GIB:.1f}", f"{row.estimated / GIB:.1f}", off]
         lines.append(f"| {' | '.join(cells)} |")
@@ -335,6 +337,13 @@ def config(*overrides: str, shape: str = "1.3b") -> Any:
     return compose([*BASE, *SHAPES[shape], *overrides])
 
 
+def check_only(parser: argparse.ArgumentParser, parts: Iterable[str], names: Iterable[str]) -> None:
+    """End the program unless each of the parts is one of a name."""
+    for part in parts:
+        if not any(part in name for name in names):
+            parser.error(f"only={part}: allowed is a part of {', '.join(names)}; correct it")
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="1.3b")
@@ -348,6 +357,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/training-step"))
     parser.add_argument("overrides", nargs="*", help="key=value, as of gossamer train")
     options = parser.parse_args(arguments)
+    check_only(parser, options.only.split(","), VARIANTS)
     latent = LATENTS.get(options.latent) or tuple(map(int, options.latent.split("x")))
     text = (options.text, int(config(*options.overrides, shape=options.shape).model.text_dim))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -152,8 +152,8 @@ def least_within(
 def give_out(worth: Tensor, density: Tensor, *, target: float) -> tuple[Tensor, float]:
     """Return the blocks of each head [H] whose mean density is nearest to target, and the bound.
 
-    The bound is the worth of the last block given. Raises ValueError when one block a row is
-    already more than the target.
+    The bound is the worth of the last block given, 0 where heads have one block only. Raises
+    ValueError when one block a row is already more than the target.
     """
     order = worth.flatten().argsort(descending=True, stable=True)
     cost = density.diff(dim=1).flatten()[order]
@@ -166,7 +166,7 @@ def give_out(worth: Tensor, density: Tensor, *, target: float) -> tuple[Tensor, 
         )
     given = int((spent - target).abs().argmin())
     counts = 1 + torch.bincount(order[:given] // worth.shape[1], minlength=len(worth))
-    return counts, float(worth.flatten()[order[max(given - 1, 0)]])
+    return counts, float(worth.flatten()[order[max(given - 1, 0)]]) if len(order) else 0.0
 
 
 def coverage(scores: BlockScores) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,8 @@ def detach(target: Any) -> Any:
         q, k = (100 * torch.stack([*rates.values()]).mean((0, 2))).tolist()
         logger.info("clusters: from step to step %.1f %% of q, %.1f %% of k tokens stayed", q, k)
     record: Attachment = model.__dict__.pop(RECORD)
-    record.handle.remove()
+    for hook in record.hooks:
+        hook.remove()
     model.__dict__.pop("cache_context", None)
     for name, original in record.originals.items():
         layer = model.get_submodule(name)
@@ -132,21 +133,31 @@ def mask_parameters(target: Any) -> dict[str, nn.Parameter]:
 def share_sequence(target: Any, sequence: SequenceParallel) -> None:
     """Share the tokens and heads of an attached model among the processes of a group.
 
-    Raises ValueError for a family that cannot, or heads that do not divide.
+    Raises ValueError for a family that cannot, heads that do not divide, or a mask of all heads.
     """
     model = transformer_of(target)
     family = family_of(model)
     heads = next(layer.heads for _, layer in family.self_attentions(model))
-    check_shared_sequence(model, sequence.size, heads)
-    family.share_tokens(model, sequence)
-    model.__dict__[RECORD].context.sequence = sequence
+    first = next(iter(attentions(model).values()))
+    check_shared_sequence(model, sequence.size, heads, getattr(first, "policy", None))
+    record: Attachment = model.__dict__[RECORD]
+    record.hooks += family.share_tokens(model, sequence)
+    record.context.sequence = sequence
 
 
-def check_shared_sequence(model: nn.Module, size: int, heads: int) -> None:
-    """Refuse a family whose tokens cannot be shared, and heads that `size` does not divide."""
+def check_shared_sequence(model: nn.Module, size: int, heads: int, policy: Any) -> None:
+    """Refuse a family whose tokens cannot be shared, and heads that `size` does not divide.
+
+    And a policy (or its settings) with one budget for all heads, of which a process sees its own.
+    """
     name = type(model).__name__
     if size > 1 and not hasattr(family_of(model), "share_tokens"):
         raise ValueError(f"sequence_parallel={size}: allowed is 1 for {name}; set it to 1")
+    if size > 1 and getattr(policy, "scope", None) == "layer":
+        raise ValueError(
+            f"policy.scope=layer: allowed is row or head with sequence_parallel={size}, where no "
+            "process sees all heads of a layer; set policy.scope=head"
+        )
     if heads % size:
         raise ValueError(
             f"sequence_parallel={size}: allowed is a divisor of the {heads} heads of {name}; "
@@ -179,7 +190,7 @@ def mask_state(target: Any) -> dict[str, Tensor]:
 
 
 def load_mask_state(target: Any, state: dict[str, Tensor]) -> None:
-    """Load what `mask_state` returned; ValueError when it belongs to another model."""
+    """Load what `mask_state` returned; ValueError when it is of another model, or out of range."""
     own = mask_state(target)
     odd = sorted(own.keys() ^ state.keys())
     odd += sorted(n for n in own.keys() & state.keys() if own[n].shape != state[n].shape)
@@ -188,13 +199,34 @@ def load_mask_state(target: Any, state: dict[str, Tensor]) -> None:
             f"mask policy={odd[0]}: allowed is a policy made for this model "
             f"({len(own)} tensors); calibrate this model or load the one it was made for"
         )
-    for name, tensor in state.items():
-        if not tensor.isfinite().all():
+    trained = mask_parameters(target)
+    for name, tensor in state.items():  # a limit of a filter may be -inf
+        if not (tensor.isfinite() if name in trained else ~tensor.isnan()).all():
             raise ValueError(
                 f"mask policy={name}: allowed are finite numbers; the file is damaged, export again"
             )
+    before = {name: tensor.clone() for name, tensor in own.items()}
     for name, tensor in own.items():
         tensor.copy_(state[name])
+    for layer, attention in attentions(target).items():
+        try:
+            _check_numbers(attention)
+        except ValueError as error:
+            for name, tensor in own.items():
+                tensor.copy_(before[name])
+            raise ValueError(f"mask policy={layer}: {error}") from error
+
+
+def _check_numbers(attention: nn.Module) -> None:
+    """Raise the ValueError of the setter of each part whose numbers are out of range."""
+    for part, setter, names in (
+        ("policy", "set_budget", ("k", "p")),
+        ("layout", "set_choice", ("choice",)),
+        ("compensation", "set_limit", ("skip_below",)),
+    ):
+        found = getattr(attention, part, None)
+        if hasattr(found, setter):
+            getattr(found, setter)(*(getattr(found, name) for name in names))
 
 
 def save_policy(folder: str | Path, spec: dict[str, Any], state: dict[str, Tensor]) -> None:

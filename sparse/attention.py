@@ -30,7 +30,8 @@ class MaskEstimator(Protocol):
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, q_layout: BlockLayout, kv_layout: BlockLayout
-    ) -> BlockScores: ...
+    ) -> BlockScores:
+        """Return scores [B, H, Nq, Nk] of q, k, v [B, H, S, D]."""
 
 
 class Compensation(Protocol):
@@ -38,7 +39,8 @@ class Compensation(Protocol):
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, backend: str, gate: Gate | None
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Return attention of q, k, v [B, H, S, D] in block order; `gate` where masks learn."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,6 @@ class SparseAttention(nn.Module):
         if self.codebooks is not None:
             self.codebooks.start(branch, is_first)
 
-    def reset_codebook(self) -> None:
-        """Forget the clusters of all branches: a run over another prompt begins."""
-        if self.codebooks is not None:
-            self.codebooks.reset()
-
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, timestep: Tensor) -> Tensor:
         """Return attention of q, k, v [B, H, S, D] in sequence order; timestep [B]."""
         if self.is_dense:
@@ -152,7 +149,9 @@ class SparseAttention(nn.Module):
             chosen = self.policy(scores)
         # Reentrant checkpointing first runs without gradients: training counts as well.
         if self.learning and (self.training or torch.is_grad_enabled()):
-            self.band = find_band(scores, chosen, max(part.side for part in self.learning))
+            side = max(part.side for part in self.learning)
+            by_pair = not self.policy.counts_blocks
+            self.band = find_band(scores, chosen, side, by_pair=by_pair)
         self.mask = keep_text(chosen)
         if self.codebooks is not None:
             self.codebooks.observe(scores, self.mask, v)

@@ -79,7 +79,7 @@ class Codebooks:
 
     @property
     def mean_hit_rate(self) -> Tensor | None:
-        """Return the hit rate meaned over the warm steps since `reset`, fp32 [2, H]; or None."""
+        """Return the hit rate meaned over all warm steps so far, fp32 [2, H]; None without any."""
         return None if self._hits is None else self._hits / self._warm
 
     def start(self, branch: str | None, is_first: bool) -> None:
@@ -87,12 +87,6 @@ class Codebooks:
         self.branch = branch
         if is_first and branch is not None:
             self.carried.pop(branch, None)
-
-    def reset(self) -> None:
-        """Forget every codebook: another prompt begins."""
-        self.carried.clear()
-        self.hit_rate = self._hits = None
-        self._warm = 0
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid

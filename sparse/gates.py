@@ -20,7 +20,8 @@ class Band:
     """The blocks of each row on both sides of its threshold: where a small change would act.
 
     The first half of the columns are the selected blocks of least score, nearest the threshold
-    first; the second half the unselected blocks of greatest score, likewise.
+    first; the second half the unselected blocks of greatest score, likewise. With `by_pair` it is
+    the score over tokens that counts, as for a budget of token pairs.
     """
 
     column: Tensor  # int64 [B, H, Nq, 2 M], kv blocks
@@ -28,6 +29,7 @@ class Band:
     area: Tensor  # fp32, their share of all real token pairs
     valid: Tensor  # bool, whether the side has so many blocks, and score and budget decide on this
     count: Tensor  # int64 [B, H, Nq], blocks that the budget selects in the row
+    by_pair: bool = False
 
     @property
     def side(self) -> int:
@@ -56,13 +58,14 @@ class Gated(Protocol):
 
 
 @torch.no_grad()
-def find_band(scores: BlockScores, mask: BlockMask, side: int) -> Band:
+def find_band(scores: BlockScores, mask: BlockMask, side: int, *, by_pair: bool = False) -> Band:
     """Return up to `side` blocks on each side of the threshold of each row of a policy's mask."""
     score, selected, forced = scores.score.float(), mask.selected, scores.forced
+    rank = score / scores.kv_layout.sizes.clamp(min=1)[..., None, :] if by_pair else score
     side = min(side, score.shape[-1])
     free = selected if forced is None else selected & ~forced
-    last = torch.where(free, -score, -torch.inf).topk(side, dim=-1)
-    first = torch.where(selected, -torch.inf, score).topk(side, dim=-1)
+    last = torch.where(free, -rank, -torch.inf).topk(side, dim=-1)
+    first = torch.where(selected, -torch.inf, rank).topk(side, dim=-1)
     column = torch.cat([last.indices, first.indices], -1)
     text = text_pairs(mask.q_layout, mask.kv_layout)
     valid = torch.cat([last.values, first.values], -1) > -torch.inf
@@ -70,12 +73,12 @@ def find_band(scores: BlockScores, mask: BlockMask, side: int) -> Band:
         valid = valid & ~text.expand_as(selected).gather(-1, column)
     count = selected.sum(-1)
     if forced is not None:  # of the prefix that ends with the last free block
-        count = (score >= -last.values[..., :1]).sum(-1)
+        count = (rank >= -last.values[..., :1]).sum(-1)
     q_share, kv_share = (
         x.sizes / x.sizes.sum(-1, keepdim=True) for x in (scores.q_layout, scores.kv_layout)
     )
     area = q_share[..., None] * of_column(kv_share, column)
-    return Band(column, score.gather(-1, column), area, valid, count)
+    return Band(column, score.gather(-1, column), area, valid, count, by_pair)
 
 
 def of_column(x: Tensor, column: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class Attachment:
 
     context: AttentionContext
     originals: dict[str, Any]
-    handle: RemovableHandle
+    hooks: list[RemovableHandle]
     attentions: dict[str, nn.Module]
     dense_steps: int = 0
     dense_layers: int = 0
@@ -48,8 +48,8 @@ def install(model: nn.Module, family: ModuleType, make: Callable[[int, int], nn.
     context = AttentionContext()
     for name, layer in layers.items():
         layer.processor = family.Processor(made[name], context)
-    handle = _fill_before_forward(model, family)
-    model.__dict__[RECORD] = Attachment(context, originals, handle, made)
+    hook = _fill_before_forward(model, family)
+    model.__dict__[RECORD] = Attachment(context, originals, [hook], made)
     if hasattr(model, "cache_context"):
         model.__dict__["cache_context"] = MethodType(_denoising_call, model)
 

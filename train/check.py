@@ -285,7 +285,7 @@ def _check_sequence(
     check_sequence(size, launch.processes)
     heads = next(layer.heads for _, layer in family_of(model).self_attentions(model))
     try:
-        check_shared_sequence(model, size, heads)
+        check_shared_sequence(model, size, heads, cfg.policy)
     except ValueError as error:
         raise Refusal("sequence_parallel", size, "a size for this model", str(error)) from error
     if cfg.evaluation.every and max(size, launch.shard) > 1:

@@ -18,9 +18,10 @@ class Router(Fp32Module):
     """MeanPool on projected block means; each head's projections are I + change, change 0 at first.
 
     The mask stays hard. Backward it is SLA2's SoftTop-k, sigmoid(logit / temperature + a constant
-    of the row that holds its number of blocks), on the `side` blocks on each side of the row's
-    threshold, fed by their gate gradients; further blocks would move too little to matter. With
-    `detach` the gradient ends at the projections, else it also reaches q and k.
+    of the row that holds its number of blocks, or of tokens where the policy counts those), on the
+    `side` blocks on each side of the row's threshold, fed by their gate gradients; further blocks
+    would move too little to matter. With `detach` the gradient ends at the projections, else it
+    also reaches q and k.
     """
 
     def __init__(self, *, temperature: float = 0.1, side: int = 8, detach: bool = True) -> None:
@@ -57,7 +58,7 @@ class Router(Fp32Module):
         return BlockScores(q_layout, kv_layout, block_score(q_mean, k_mean, kv_layout.offsets))
 
     def gate(self, q: Tensor, k: Tensor, band: Band, mask: BlockMask) -> Tensor:
-        """Return a gate for each pair of the band, [B, H, Nq, 2 M], whose row sums stay 0."""
+        """Return a gate for each pair of the band, [B, H, Nq, 2 M]; rows keep their budget."""
         if self.detach:
             q, k = q.detach(), k.detach()
         q_mean = block_mean(q, mask.q_layout.offsets, mask.q_layout.block_size)
@@ -69,13 +70,18 @@ class Router(Fp32Module):
         with no_autocast(q):
             logit = (near @ q_mean[..., None])[..., 0] * q.shape[-1] ** -0.5
         with torch.no_grad():
-            log_size = of_column(mask.kv_layout.sizes.float().log(), band.column)
-            soft = _soft_top_k((logit + log_size) / self.temperature, band)
-            weight = soft * (1 - soft)  # the slope of the sigmoid
+            size = of_column(mask.kv_layout.sizes.float(), band.column)
+            valid = band.valid & (size > 0)  # of an empty cluster the logit is -inf
+            rank, cost = logit, size.to(logit.dtype)
+            if not band.by_pair:
+                rank, cost = logit + size.log(), torch.ones_like(cost)
+            soft = _soft_top_k(rank / self.temperature, cost * valid, band.side)
+            slope = soft * (1 - soft)  # of the sigmoid
+            weight = slope * cost
             weight_sum = weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
         change = (logit - logit.detach()) / self.temperature
         mean = (weight * change).sum(-1, keepdim=True) / weight_sum
-        return weight * (change - mean)
+        return slope * (change - mean)
 
     def _project(self, q_mean: Tensor, k_mean: Tensor) -> tuple[Tensor, Tensor]:
         if self.q_change is None or self.k_change is None:
@@ -86,15 +92,15 @@ class Router(Fp32Module):
         return q_mean + q_more, k_mean + k_more
 
 
-def _soft_top_k(x: Tensor, band: Band) -> Tensor:
-    """Return sigmoid(x + c), c of each row such that its sum is the band's selected blocks."""
-    x = x.masked_fill(~band.valid, -torch.inf)
-    wanted = band.valid[..., : band.side].sum(-1, keepdim=True)
-    finite = x.masked_fill(~band.valid, 0)
+def _soft_top_k(x: Tensor, cost: Tensor, side: int) -> Tensor:
+    """Return sigmoid(x + c), c such that a row costs what its first `side` do; 0 where cost is."""
+    x = x.masked_fill(cost == 0, -torch.inf)
+    wanted = cost[..., :side].sum(-1, keepdim=True)
+    finite = x.masked_fill(cost == 0, 0)
     low = -finite.amax(-1, keepdim=True) - 40
     high = -finite.amin(-1, keepdim=True) + 40
     for _ in range(40):
         middle = (low + high) / 2
-        too_many = (x + middle).sigmoid().sum(-1, keepdim=True) > wanted
+        too_many = (cost * (x + middle).sigmoid()).sum(-1, keepdim=True) > wanted
         low, high = torch.where(too_many, low, middle), torch.where(too_many, middle, high)
     return (x + (low + high) / 2).sigmoid()

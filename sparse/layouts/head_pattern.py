@@ -40,7 +40,7 @@ class HeadPattern:
     `density` and with the first `sink_frames` frames and all text kept, is compared with the dense
     output; the lower mean squared error wins. A head in which both exceed `max_error` of the
     output's mean square has neither pattern and stays in frame-major order. Temporal-major order
-    leaves the sink frames in front, in blocks of their own.
+    leaves the sink frames in front; a block that is half or more of their tokens counts as a sink.
     """
 
     def __init__(
@@ -213,18 +213,14 @@ def _mean(weight: Tensor, value: Tensor) -> Tensor:
     return total / size.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def band_width(density: float, num_tokens: int, num_text: int = 0) -> float:
+def band_width(density: float, num_tokens: int) -> float:
     """Return the w, in tokens, for which |i - j| <= w selects the share `density` of all pairs.
 
-    Rows and columns of `num_text` of the tokens are selected as well and count (SVG1's
-    sparsity_to_width, whose s - 2 * text / N is this to first order); 0 where they are enough.
+    SVG1's sparsity_to_width, of video tokens alone.
     """
     if not 0 <= density <= 1:
         raise ValueError(f"density={density}: allowed is a share from 0 to 1; e.g. density=0.2")
-    video = num_tokens - num_text
-    not_video = num_tokens**2 - video**2
-    share = max(0.0, (density * num_tokens**2 - not_video) / video**2)  # of pairs of video tokens
-    return video * (1 - sqrt(1 - share))
+    return num_tokens * (1 - sqrt(1 - density))
 
 
 def sampled_rows(num_tokens: int, rows: int) -> Tensor:

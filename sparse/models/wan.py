@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gossamer.sparse.layout import TokenGrid
 from gossamer.sparse.models.context import AttentionContext
@@ -27,7 +28,7 @@ def token_grid(model: nn.Module, kwargs: dict[str, Tensor]) -> TokenGrid:
     return TokenGrid(frames // t, height // h, width // w)
 
 
-def share_tokens(model: nn.Module, sequence: SequenceParallel) -> None:
+def share_tokens(model: nn.Module, sequence: SequenceParallel) -> list[RemovableHandle]:
     """Let the blocks work on this process's tokens; the model's input and output stay whole."""
 
     def cut_hidden(block: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -39,9 +40,11 @@ def share_tokens(model: nn.Module, sequence: SequenceParallel) -> None:
             )
         return sequence.cut(hidden), text, timestep, rotary
 
-    model.rope.register_forward_hook(lambda _, args, out: tuple(map(sequence.cut, out)))
-    model.blocks[0].register_forward_pre_hook(cut_hidden)  # type: ignore[index]
-    model.proj_out.register_forward_hook(lambda _, args, out: sequence.join(out))
+    return [
+        model.rope.register_forward_hook(lambda _, args, out: tuple(map(sequence.cut, out))),
+        model.blocks[0].register_forward_pre_hook(cut_hidden),  # type: ignore[index]
+        model.proj_out.register_forward_hook(lambda _, args, out: sequence.join(out)),
+    ]
 
 
 class Processor(nn.Module):

@@ -53,7 +53,7 @@ def test_only_some_steps_are_timed(tmp_path: Path) -> None:
     assert names == ["dense fine-tuning", "sparse, cached velocities"]
 
 
-def test_ratios_are_to_the_first_row_and_memory_stands_beside_its_estimate() -> None:
+def test_ratios_are_to_the_dense_step_and_memory_stands_beside_its_estimate() -> None:
     dense = Row("dense", 1.0, {"forward": 100, "backward": 200, "optimizer": 30}, 10 << 30, 9 << 30)
     parts = {"teacher": 90.0, "forward": 40.0, "backward": 60.0, "optimizer": 10.0}
     sparse = Row("sparse", 0.05, parts, 8 << 30, 8 << 30, kernels=[("a kernel", 1.5, 3)])
@@ -65,6 +65,23 @@ def test_ratios_are_to_the_first_row_and_memory_stands_beside_its_estimate() -> 
     )
     assert "| 10.0 | 9.0 | -10.0% |" in said
     assert "| large | out of memory |" in said and "| `a kernel` | 1.50 | 3 |" in said
+
+
+def test_without_a_dense_step_there_are_no_ratios_to_it() -> None:
+    sparse = Row("sparse", 0.05, {"forward": 40.0, "backward": 60.0}, 0, 1 << 30)
+    too_large = Row("dense", 0.0, {}, 0, 99 << 30, reason="out of memory")
+    for rows in ([sparse], [too_large, sparse]):
+        said = markdown(rows, {"device": "x", "command": "y"}, "title")
+        assert "| sparse | 0.050 | - | - | 40 | 60 | - | - | 100 | - | 0.0 | 1.0 | - |" in said
+
+
+def test_a_part_of_no_variants_name_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for benchmark in (training_step, memory):
+        with pytest.raises(SystemExit):
+            benchmark.main(["--out", str(tmp_path / "x"), "--only", "spars "])
+        assert "only=spars : allowed is a part of dense fine-tuning, " in capsys.readouterr().err
 
 
 def test_a_step_that_does_not_fit_is_a_row() -> None:

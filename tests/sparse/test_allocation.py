@@ -104,6 +104,14 @@ def test_a_noisy_curve_that_rises_is_no_obstacle():
         assert counts.tolist() == [3]
 
 
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_heads_of_one_block_have_it_and_nothing_to_give_out(rule):
+    density = torch.ones(3, 1, dtype=torch.float64)
+    curves = Curves(density, torch.tensor([1]), 0 * density)
+    counts, bound = give_out(rule.worth(curves), curves.density, target=1.0)
+    assert counts.tolist() == [1, 1, 1] and bound == 0
+
+
 def test_a_target_below_one_block_a_row_is_refused():
     curves = even(falling(3, 8))
     with pytest.raises(ValueError, match=r"sparsity=0.9: allowed is at most 0.8750 .*must stay"):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -147,6 +148,38 @@ def test_mask_state_of_other_shapes_or_numbers_is_refused() -> None:
         with pytest.raises(ValueError, match=name):
             load_mask_state(model, state | {name: wrong})
     assert all(torch.equal(mask_state(model)[n], tensor) for n, tensor in state.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("policy.k", 7.0, "k=[7.0, 7.0]: allowed is a share"),
+        ("policy.p", -torch.inf, "p=[-inf, -inf]: allowed is a share"),
+        ("layout.choice", 9, "choice=[9, 9]: allowed is 0 to 3"),
+        ("compensation.skip_below", 1.0, "skip_below=[1.0, 1.0]: allowed is at most 0"),
+    ],
+)
+def test_a_policy_with_numbers_out_of_range_is_refused(
+    name: str, value: float, said: str, tmp_path: Path
+) -> None:
+    spec = SPEC | {
+        "layout": {"_target_": "gossamer.sparse.layouts.per_head.PerHead"},
+        "compensation": {"_target_": "gossamer.sparse.filtered_drop.FilteredDrop"},
+    }
+    spec["compensation"]["skip_below"] = -torch.inf
+    model = attach(tiny_wan().eval(), method_from_spec(spec))
+    state = mask_state(model)
+    save_policy(tmp_path, {"method": spec}, state)
+    detach(model)
+    assert torch.equal(
+        mask_state(attach(model, tmp_path))["blocks.1.attn1.policy.k"], torch.full((2,), 0.2)
+    )
+    detach(model)
+    state[f"blocks.1.attn1.{name}"].fill_(value)
+    save_policy(tmp_path, {"method": spec}, state)
+    with pytest.raises(ValueError, match=re.escape(f"mask policy=blocks.1.attn1: {said}")):
+        attach(model, tmp_path)
+    assert_untouched(model)
 
 
 def test_a_policy_folder_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from gossamer.sparse.attention import SparseAttention, SparseMethod
+from gossamer.sparse.compensation import Drop
 from gossamer.sparse.estimators.random_blocks import RandomBlocks
 from gossamer.sparse.layout import RowMajor, TokenGrid
 from gossamer.sparse.mask import BlockScores
 from gossamer.sparse.policies import Hybrid
+from gossamer.sparse.sequence import only_heads
 
 
 def scores(seed: int = 0, fill: float = 0.0, batch: int = 1) -> BlockScores:
@@ -34,6 +37,18 @@ def test_heads_rows_and_seeds_differ_and_no_block_is_preferred() -> None:
     assert abs(float(agree) - 1 / 16) < 0.005
     agree = (chosen[:, :, :-1] * chosen[:, :, 1:]).mean()  # two rows
     assert abs(float(agree) - 1 / 16) < 0.005
+
+
+def test_processes_that_share_the_heads_choose_what_one_does() -> None:
+    method = SparseMethod(RowMajor(q_block=16, kv_block=16), RandomBlocks(), Hybrid(k=0.25), Drop())
+    x, grid, time = torch.randn(3, 1, 4, 256, 8), TokenGrid(1, 16, 16), torch.ones(1)
+    whole, shared = (SparseAttention(method, num_heads=4) for _ in range(2))
+    whole(*x, grid, time)
+    own = slice(2, 4)  # the second process's
+    with only_heads(shared, own, 4):
+        shared(*(t[:, own] for t in x), grid, time)
+    assert torch.equal(shared.mask.selected, whole.mask.selected[:, own])
+    assert "estimator.head" not in shared.state_dict()
 
 
 def test_a_negative_seed_is_refused() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gossamer.sparse.attention import SparseAttention, SparseMethod
 from gossamer.sparse.compensation import Centroid, Drop, GatedCentroid, Linear
@@ -13,8 +14,10 @@ from gossamer.sparse.estimators.mean_pool import MeanPool
 from gossamer.sparse.estimators.router import Router
 from gossamer.sparse.gates import find_band
 from gossamer.sparse.layout import BlockLayout, RowMajor, Tiles, TokenGrid
+from gossamer.sparse.linear_branch import linear_complement
 from gossamer.sparse.mask import BlockMask, BlockScores
 from gossamer.sparse.policies import Hybrid, TrainedHybrid
+from gossamer.sparse.token_share import TokenHybrid
 
 GRID, HEADS, DIM = TokenGrid(3, 4, 5), 3, 8
 T = torch.ones(2)
@@ -416,6 +419,59 @@ def test_linear_leaves_full_rows_alone() -> None:
     torch.testing.assert_close(linear(*x, GRID, T), dense)
 
 
+@pytest.mark.parametrize("apart", [20.0, 60.0, 90.0, 100.0, 200.0])
+def test_linear_attention_of_features_that_hardly_meet_has_finite_gradients(apart: float) -> None:
+    q, k, v = qkv(dtype=torch.float32)
+    q[..., 1], k[..., 0] = q[..., 0] + apart, apart  # the features of k are near 0 where q's are 1
+    x = [t.requires_grad_() for t in (q, k, v)]
+    linear = attention(policy=Hybrid(k=0.0), compensation=Linear())
+    nn.init.eye_(linear.compensation.projection)
+    out = linear(*x, GRID, T)
+    (out * qkv(2, torch.float32)[0]).sum().backward()
+    assert out.isfinite().all()
+    assert all(t.grad.isfinite().all() for t in (*x, linear.compensation.projection))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that is made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        found = out if isinstance(out, tuple | list) else [out]
+        sizes = [x.numel() for x in found if isinstance(x, Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return out
+
+
+def test_linear_attention_over_clusters_is_exact_and_holds_no_pairs_of_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens, sizes = 1500, ([700, 0, 1, 99, 200, 500, 0], [64, 0, 1, 435, 900, 63, 37])
+    q, k, v = torch.randn(3, 1, 2, tokens, 4, generator=generator, dtype=torch.float64)
+    q_layout, kv_layout = (
+        BlockLayout(torch.tensor([0, *s]).cumsum(0).int(), tokens) for s in sizes
+    )
+    selected = torch.rand(1, 2, 7, 7, generator=generator) < 0.4
+    selected[0, 1, 3] = True  # leaves out nothing
+    left_out = (~selected).double().requires_grad_()
+    x = [t.requires_grad_() for t in (q, k, v)]
+    with Largest() as largest:
+        blocks = BlockMask(q_layout, kv_layout, selected).blocks
+        out = linear_complement(*x, left_out, blocks)
+    assert largest.elements < 4 * v.numel()
+    row, column = (torch.arange(7).repeat_interleave(y.sizes) for y in (q_layout, kv_layout))
+    weight = (q.softmax(-1) @ k.softmax(-1).mT) * left_out[:, :, row][..., column]
+    norm = weight.sum(-1, keepdim=True)
+    expected = weight @ v / norm.masked_fill(norm == 0, 1)
+    torch.testing.assert_close(out, expected)
+    found, wanted = (
+        torch.autograd.grad((y * v.detach()).sum(), (*x, left_out)) for y in (out, expected)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # Router
 
 
@@ -466,6 +522,55 @@ def test_the_router_gets_the_soft_top_k_of_its_logits() -> None:
                 )
 
 
+def test_with_a_budget_of_token_pairs_the_router_moves_the_blocks_that_it_decides_on() -> None:
+    """The nearest by score over tokens, and so that the row's soft tokens stay what they are."""
+    sizes = torch.tensor([3, 20, 2, 9, 1, 7, 18])
+    q_layout = BlockLayout(torch.tensor([0, 25, 60]).int(), 35)
+    kv_layout = BlockLayout(torch.tensor([0, *sizes]).cumsum(0).int(), 20)
+    router = in_double(Router(temperature=0.5, side=2).for_heads(HEADS, DIM))
+    q, k, v = qkv()
+    scores = router(q, k, v, q_layout, kv_layout)
+    mask = TokenHybrid(k=0.5)(scores)
+    band = find_band(scores, mask, router.side, by_pair=True)
+    order = (scores.score / sizes).argsort(-1, descending=True)
+    count = mask.selected.sum(-1, keepdim=True)
+    assert count.min() >= 2 and count.max() <= 5
+    nearest = order.gather(-1, count + torch.tensor([-1, -2, 0, 1]))
+    assert torch.equal(band.column, nearest)
+    size = sizes[band.column].double()
+
+    def soft() -> Tensor:
+        q_mean, k_mean = (
+            torch.stack([b.mean(2) for b in x.split(own.tolist(), 2)], 2)
+            @ (change + torch.eye(DIM))
+            for x, own, change in (
+                (q, q_layout.sizes, router.q_change),
+                (k, sizes, router.k_change),
+            )
+        )
+        logit = (q_mean @ k_mean.mT * DIM**-0.5).gather(-1, band.column) / 0.5
+        wanted = size[..., :2].sum(-1, keepdim=True)
+        low, high = (torch.full_like(logit[..., :1], s * 100.0) for s in (-1, 1))
+        for _ in range(100):
+            middle = (low + high) / 2
+            above = (size * (logit + middle).sigmoid()).sum(-1, keepdim=True) > wanted
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        return (logit + low).sigmoid()
+
+    incoming = torch.randn(band.column.shape, dtype=torch.float64)
+    (router.gate(q, k, band, mask) * incoming).sum().backward()
+    with torch.no_grad():
+        for parameter in (router.q_change, router.k_change):
+            for at in [(0, 0, 0), (1, 3, 5), (2, 7, 1)]:
+                ends = []
+                for sign in (1, -2):
+                    parameter[at] += sign * 1e-6
+                    ends.append((soft() * incoming).sum())
+                parameter[at] += 1e-6
+                expected = (ends[0] - ends[1]) / 2e-6
+                torch.testing.assert_close(parameter.grad[at], expected, rtol=1e-4, atol=1e-7)
+
+
 def test_the_gradient_of_the_router_follows_blended_attention() -> None:
     """Finite differences of attention whose gates move as SoftTop-k of the projections does."""
     layout, temperature = LAYOUTS["ragged rows"], 0.8
@@ -509,6 +614,27 @@ def test_the_gradient_of_the_router_follows_blended_attention() -> None:
                 parameter[at] += eps
                 expected = (ends[0] - ends[1]) / (2 * eps)
                 torch.testing.assert_close(parameter.grad[at], expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_an_empty_cluster_has_no_part_in_the_routers_gradient(count: int) -> None:
+    def gradient(edges: list[int]) -> Tensor:
+        q_layout, kv_layout = (
+            BlockLayout(torch.tensor(ends).int(), 30) for ends in ([0, 30, 60], edges)
+        )
+        router = in_double(Router(temperature=0.6, side=len(edges) - 1).for_heads(HEADS, DIM))
+        q, key, v = qkv()
+        scores = router(q, key, v, q_layout, kv_layout)
+        mask = Hybrid(k=count / (len(edges) - 1))(scores)
+        band = find_band(scores, mask, router.side)
+        incoming = torch.arange(1.0, 61, dtype=torch.float64)[kv_layout.offsets[band.column].long()]
+        (router.gate(q, key, band, mask) * incoming).sum().backward()
+        return router.k_change.grad
+
+    expected = gradient([0, 12, 20, 37, 60])
+    found = gradient([0, 12, 20, 20, 37, 60])
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("detach", [True, False])

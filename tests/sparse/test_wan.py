@@ -10,15 +10,18 @@ import torch
 from tiny import tiny_wan
 from torch import Tensor, nn
 
-from gossamer.sparse.attach import attach, attentions, detach, mask_state
+from gossamer.sparse.attach import attach, attentions, detach, mask_state, share_sequence
 from gossamer.sparse.attention import DenseAttention, SparseMethod
 from gossamer.sparse.compensation import Centroid, Drop
+from gossamer.sparse.error_budget import ErrorBudget
+from gossamer.sparse.estimators.error_aware import ErrorAware
 from gossamer.sparse.estimators.mean_pool import MeanPool
 from gossamer.sparse.estimators.router import Router
 from gossamer.sparse.layout import RowMajor, Tiles, TokenGrid
 from gossamer.sparse.models.context import AttentionContext
 from gossamer.sparse.models.wan import Processor, angles, rotate, token_grid
 from gossamer.sparse.policies import Hybrid, TrainedHybrid
+from gossamer.sparse.sequence import SequenceParallel
 
 diffusers = pytest.importorskip("diffusers")
 GRIDS = [(3, 4, 4), (2, 5, 7), (1, 1, 1), (5, 3, 11)]
@@ -287,6 +290,23 @@ def test_another_clip_size_gets_its_own_grid_and_mask() -> None:
     for grid in GRIDS:
         alone = attach(wan(), sparse())
         assert torch.equal(run(model, inputs(grid)), run(alone, inputs(grid)))
+
+
+@torch.no_grad()
+def test_detach_ends_the_sharing_of_tokens() -> None:
+    model, call = wan(), inputs()
+    expected = run(model, call)
+    share_sequence(attach(model, None), SequenceParallel(None, 1, 2))
+    assert torch.equal(run(detach(model), call), expected)
+
+
+def test_error_budgets_of_a_layer_are_refused_where_processes_share_its_heads() -> None:
+    for scope, found in (("head", nullcontext()), ("layer", pytest.raises(ValueError))):
+        policy = ErrorBudget(scope=scope)
+        model = attach(wan(), SparseMethod(Tiles(), ErrorAware(), policy, Centroid()))
+        with found as refused:
+            share_sequence(model, SequenceParallel(None, 0, 2))
+    assert "policy.scope=layer: allowed is row or head with sequence_parallel=2" in str(refused)
 
 
 def test_context_parallelism_of_diffusers_is_refused() -> None:
