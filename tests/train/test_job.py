@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from gossamer.train.check import preflight
-from gossamer.train.config import compose, fingerprint, recipes
-from gossamer.train.run_dir import check_run_dir
+from gossamer.train.config import compose, fingerprint, recipes, save_config
+from gossamer.train.run_dir import CONFIG, check_run_dir
 
 ALL = ["encode", "calibrate", "train", "evaluate", "export", "report"]
 
@@ -93,6 +93,13 @@ def test_the_metrics_say_where_the_time_went(whole: Any) -> None:
 
 def test_a_new_folder_belongs_to_any_config(whole: Any, tmp_path: Path) -> None:
     check_run_dir(compose(whole[1]), tmp_path)
+
+
+def test_a_folder_belongs_to_its_config_whatever_credentials_are_in_it(tmp_path: Path) -> None:
+    cfg = compose(["data=encoded", "data.dir='https://me:planted@host/data?token=planted'"])
+    save_config(cfg, tmp_path / CONFIG)
+    assert "planted" not in (tmp_path / CONFIG).read_text()
+    check_run_dir(cfg, tmp_path)
 
 
 def test_every_recipe_composes_and_the_demo_can_run(tmp_path: Path) -> None:
