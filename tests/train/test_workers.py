@@ -3,10 +3,12 @@
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gossamer.train import workers
+from gossamer.train import job, worker, workers
+from gossamer.train.refusal import DiskFailed, Refusal
 from gossamer.train.workers import Pool, Task
 
 SCRIPT = """
@@ -66,3 +68,12 @@ def test_leaving_the_pool_ends_its_workers(tmp_path: Path) -> None:
         for _ in pool.run(tasks(tmp_path, "a", "sleep 60", "sleep 60"), None):
             raise KeyError
     assert all(process.poll() is not None for process in pool._processes.values())
+
+
+def test_a_job_gives_the_exit_code_of_gossamer_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(cfg: Any, kept: Any) -> None:
+        raise DiskFailed("checkpoints", "there", "a disk that takes them", "free some space")
+
+    monkeypatch.setattr(job, "run", run)
+    assert worker.work([], {}) == DiskFailed.code == 3
+    assert worker.work(["sparsty=1"], {}) == Refusal.code == 2
