@@ -99,6 +99,7 @@ def preflight(
         facts["calibration"] = _planned("calibrate", cfg, plan, device)
     if "train" in stages:
         build(cfg.optimizer).check()
+        build(cfg.tracker).check()
         _check_sequence(cfg, model, grids, launch)
         facts["batch"] = _batch(cfg, launch)
         if plan_memory:
