@@ -90,6 +90,16 @@ def test_the_old_keys_choose_adamw() -> None:
     assert not made.param_groups[0]["fused"]  # on a CPU
 
 
+def test_settings_that_are_forced_to_change_hold_after_a_resume() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    named, groups = [("w", weight)], [{"params": [weight], "weight_decay": 0.1}]
+    tensors, state = optimizer_tensors(AdamW().make(groups), named)
+    now = AdamW(betas=(0.5, 0.6)).make([{"params": [weight], "weight_decay": 0.5}])
+    load_optimizer(now, named, tensors, json.loads(json.dumps(state)))
+    (group,) = now.param_groups
+    assert group["weight_decay"] == 0.5 and tuple(group["betas"]) == (0.5, 0.6)
+
+
 def test_a_state_of_codes_and_scales_resumes_bit_for_bit(
     tmp_path: Path, bitsandbytes: None
 ) -> None:
