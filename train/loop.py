@@ -124,7 +124,7 @@ def train(
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         rows = MetricsLog(folder / "metrics.jsonl")
-        rows.truncate_after(progress.step)
+        rows.truncate_after(progress.step or -1)  # step 0 is measured anew
     wrapped = parallel.wrap(distiller)
     data = batches(
         dataset,
