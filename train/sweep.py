@@ -136,7 +136,8 @@ def _sweep(
                 shared = sharing(launch.workers or 1)
                 results.add(job.label, redact(job.swept), job.cfg, outcome.seconds, shared)
                 if not launch.keep_checkpoints:
-                    shutil.rmtree(job.run_dir / "checkpoints", ignore_errors=True)
+                    for seed_dir in (job.run_dir, *job.run_dir.glob("repeats/*")):
+                        shutil.rmtree(seed_dir / "checkpoints", ignore_errors=True)
             outcomes[job.label] = outcome
             _write_summary(folder, [outcomes[j.label] for j in jobs if j.label in outcomes])
             log.info("%s: %s %s", job.label, outcome.status, outcome.error)

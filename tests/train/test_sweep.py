@@ -185,6 +185,19 @@ def test_the_fingerprint_of_parent_and_child_agree(
     assert found == fingerprint(compose(started[1])) != fingerprint(compose(started[0]))
 
 
+def test_the_checkpoints_of_all_seeds_of_a_finished_job_go_if_they_are_not_to_be_kept(
+    started: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.Results, "add", lambda *_: None)
+    job = tmp_path / "default-sweep" / "seed=1"
+    folders = [job / "checkpoints", job / "repeats" / "seed-5" / "checkpoints"]
+    for folder in folders:
+        (folder / "step-2").mkdir(parents=True)
+    kept = [f"sweep.results={tmp_path}/found.jsonl", "sweep.keep_checkpoints=false"]
+    assert sweep([f"runs_dir='{tmp_path}'", "seed=choice(1)", *kept]) == 0
+    assert not any(folder.exists() for folder in folders)
+
+
 @pytest.mark.multi
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_accelerate_starts_the_processes_and_their_refusal_is_found(num_processes: int) -> None:
