@@ -174,6 +174,13 @@ def test_bad_input_is_refused_in_one_line(override: str, said: str) -> None:
     assert said in refuse(override)
 
 
+@pytest.mark.parametrize("key", ["data=encoded data.dir", "model=pretrained model.path"])
+def test_null_is_no_value_of_a_key_that_must_be_given(key: str) -> None:
+    *group, name = key.split()
+    with pytest.raises(Refusal, match=f"{name}=null: allowed is a value; give {name}="):
+        compose([*group, f"{name}=null"])
+
+
 def test_every_extra_measure_may_be_asked_for() -> None:
     assert list(compose(["evaluation.extra=[vmaf,flip]"]).evaluation.extra) == ["vmaf", "flip"]
 
