@@ -114,6 +114,7 @@ class Calibrator:
         Raises Refusal for an error budget where the policy's own k and p decide, and ValueError for
         a sparsity that leaves a row no block.
         """
+        self.gauge.untune()
         target = 1 - (sparsity or 0.0)
         chosen: dict[str, Any] = {}
         if isinstance(self.method.layout, PerHead):
