@@ -151,18 +151,15 @@ class Job:
         options, data = self.cfg.training_data, self.cfg.data
         is_other = split == "train" and bool(options.dir) and not of_data
         folder = Path(options.dir) if is_other else data_dir(self.cfg)
-
-        def open_split() -> LatentDataset:
-            return LatentDataset(
-                folder,
-                split,
-                url=None if is_other else data_url(self.cfg),
-                cache_gb=data.cache_gb,
-                window=data.window,
-                quarantine=self.run_dir / QUARANTINE,
-            )
-
-        return self.once(("dataset", str(folder), split), open_split)
+        reading: dict[str, Any] = {
+            "url": None if is_other else data_url(self.cfg),
+            "cache_gb": data.cache_gb,
+            "window": data.window,
+        }
+        listed = self.run_dir / QUARANTINE
+        key = ("dataset", str(folder), split, str(reading))
+        opened = self.once(key, lambda: LatentDataset(folder, split, quarantine=listed, **reading))
+        return opened if self.kept is None else opened.of_run(listed)
 
     def dense(self) -> nn.Module:
         """Return the starting transformer with dense attention, frozen, on the device."""

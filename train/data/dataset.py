@@ -3,11 +3,12 @@
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -95,6 +96,13 @@ class LatentDataset(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
+
+    def of_run(self, quarantine: Path) -> Self:
+        """Return the split as another run has it: what is read is shared, its list is its own."""
+        other = copy(self)
+        other._open = self._open
+        other.quarantine = Quarantine(quarantine, self._store.folder, self.split, len(self))
+        return other
 
     def evenly(self, count: int) -> "SomeClips":
         """Return a split of only so many of the items, evenly spaced."""
