@@ -35,13 +35,11 @@ from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import check_run_dir
 from gossamer.train.study.record import Results
 from gossamer.train.suggest import nearest
-from gossamer.train.workers import Pool, Task, sharing
+from gossamer.train.workers import Pool, Task, own_environment, sharing
 
 log = logging.getLogger(__name__)
 
 RESULT, LOG = "result.json", "log.txt"
-# Set by a launcher for its own children; a job of the sweep is nobody's child.
-_LAUNCHER = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_\w+|TORCHELASTIC_\w+")
 _ERROR = re.compile(r"(\[rank\d+\]:\s*)?(error: |[\w.]*(Error|Exception|Interrupt)\b)")
 _LAUNCHERS_ERROR = re.compile(r"CalledProcessError|ChildFailedError")
 _MAX_LABEL = 100
@@ -296,7 +294,7 @@ def _check(jobs: Sequence[Job], mixed_precision: str) -> None:
 
 def _one_by_one(jobs: Sequence[Job], launch: Launch, folder: Path) -> Iterator[tuple[Job, Outcome]]:
     """Start an `accelerate launch` for each job, and say how it went."""
-    environment = {name: v for name, v in os.environ.items() if not _LAUNCHER.fullmatch(name)}
+    environment = own_environment()
     for job in jobs:
         begun = time.monotonic()
         job.run_dir.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """A pool of workers: every job once, dead workers replaced, nothing begun after the time."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -68,6 +69,16 @@ def test_leaving_the_pool_ends_its_workers(tmp_path: Path) -> None:
         for _ in pool.run(tasks(tmp_path, "a", "sleep 60", "sleep 60"), None):
             raise KeyError
     assert all(process.poll() is not None for process in pool._processes.values())
+
+
+def test_a_worker_is_no_rank_of_a_launcher_that_started_the_sweep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in launched:
+        monkeypatch.setenv(name, "1")
+    environment = workers._environment(0, 1, "bf16")
+    assert not environment.keys() & {*launched} and environment["PATH"] == os.environ["PATH"]
 
 
 def test_a_job_gives_the_exit_code_of_gossamer_train(monkeypatch: pytest.MonkeyPatch) -> None:
