@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from gossamer.train.data.clips import evenly
 from gossamer.train.data.quarantine import BadData, Quarantine
 from gossamer.train.data.reader import OpenShard
 from gossamer.train.data.schedule import BatchSchedule, BucketSchedule, Schedule
@@ -108,8 +109,7 @@ class LatentDataset(Dataset):
         """Return a split of only so many of the items, evenly spaced."""
         if len(self.buckets) > 1:
             raise Refusal("training_data.clips", count, "null for data of several sizes", "null it")
-        count = min(count, len(self))
-        return SomeClips(self, [int((i + 0.5) * len(self) / count) for i in range(count)])
+        return SomeClips(self, evenly(range(len(self)), count))
 
     def meta(self, index: int) -> dict:
         """The columns of a row that are not tensors."""
