@@ -38,7 +38,6 @@ from gossamer.train.negative import is_needed, load_negative
 from gossamer.train.parallel import Parallel
 from gossamer.train.processes import Together, accepted, check_alike, on_main, said_once
 from gossamer.train.pulse import Pulse, meeting
-from gossamer.train.redact import redact
 from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import CONFIG, PER_PROCESS, check_run_dir, flat
 from gossamer.train.run_lock import RunLock
@@ -424,7 +423,7 @@ def _shared_settings(job: Job) -> dict[str, object]:
     """Return what decides a run's result and its order of calls, but for the data itself."""
     launch, software = asdict(Launch.read()), {"gossamer": __version__, "torch": torch.__version__}
     precision = {"mixed_precision": job.accelerator.mixed_precision}
-    return {**redact(flat(job.cfg, PER_PROCESS)), **launch, **precision, **software}
+    return {**flat(job.cfg, PER_PROCESS), **launch, **precision, **software}
 
 
 def _finish(job: Job, stages: list[str], seconds: float) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def check_run_dir(cfg: DictConfig, run_dir: Path) -> None:
 
 
 def flat(cfg: Any, free: tuple[str, ...] = (*FREE_KEYS, *PLACE_KEYS)) -> dict[str, Any]:
-    """Return dotted key -> value of what decides a run's result: of all but the `free` keys."""
+    """Return dotted key -> redacted value of what decides a run's result: all but `free` keys."""
     found: dict[str, Any] = {}
 
     def walk(prefix: str, node: Any) -> None:
