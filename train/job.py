@@ -22,7 +22,8 @@ from gossamer.sparse.attach import attach, method_from_spec
 from gossamer.train import checkpoint, progress
 from gossamer.train.calibrate import Calibrator
 from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
-from gossamer.train.check import check_launch, is_sparse, preflight
+from gossamer.train.check import check_launch, preflight
+from gossamer.train.check_masks import is_sparse
 from gossamer.train.codec import Codec, load_codec
 from gossamer.train.config import build, data_dir, data_url, fingerprint, save_config
 from gossamer.train.data.dataset import LatentDataset, SomeClips
