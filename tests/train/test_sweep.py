@@ -15,7 +15,8 @@ from gossamer.train import sweep as module
 from gossamer.train.config import compose, fingerprint, save_config
 from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import CONFIG
-from gossamer.train.sweep import Launch, launch_command, sweep
+from gossamer.train.sweep import launch_command, sweep
+from gossamer.train.sweep_plan import Launch
 
 JOB = """
 import os, sys
