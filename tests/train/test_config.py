@@ -153,6 +153,7 @@ def test_a_broken_recipe_is_refused(tmp_path: Path, text: str, said: str) -> Non
         ("device=gpu", "auto, cpu, cuda"),
         ("backend=tritn", "did you mean triton?"),
         ("resume=yes", "auto, force, never"),
+        ("export.dtype=bf16", "float32, bfloat16"),
         ("stages=[trian]", "did you mean train?"),
         ("stages=[train,encode]", "in this order"),
         ("stages=[]", "in this order"),
