@@ -5,6 +5,7 @@ allocation (sparse/allocation.py) gives the blocks out; at last the sparse model
 Budgets are Top-k: a share of Top-p had no less error at equal density and drifts on other clips.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +115,7 @@ class Calibrator:
         Raises Refusal for an error budget where the policy's own k and p decide, and ValueError for
         a sparsity that leaves a row no block.
         """
+        self.gauge.untune()
         target = 1 - (sparsity or 0.0)
         chosen: dict[str, Any] = {}
         if isinstance(self.method.layout, PerHead):
@@ -251,7 +253,7 @@ class Calibrator:
         counts_pairs, num_heads = _counts_pairs(self.method.policy), worth.shape[0]
         close = CLOSE if counts_pairs else max(CLOSE, 1 / (found.num_blocks * num_heads))
         start = self._budgets(worth, found, target)
-        aim, best, nearest = target, start, 0.0
+        aim, best, nearest = target, start, math.inf
         for _ in range(CORRECTIONS):
             k = start * (aim / target) if counts_pairs else self._budgets(worth, found, aim)
             k = k.clamp(max=1)

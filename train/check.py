@@ -4,21 +4,16 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from gossamer.sparse.allocation import ErrorBound, Fixed
-from gossamer.sparse.attach import check_shared_sequence, family_of, method_from_spec
-from gossamer.sparse.attention import SparseMethod, check_backend
+from gossamer.sparse.attach import check_shared_sequence, family_of
 from gossamer.sparse.layout import TokenGrid
-from gossamer.sparse.policies import TrainedHybrid
-from gossamer.sparse.token_share import TokenHybrid
-from gossamer.train.calibration import CALIBRATION
 from gossamer.train.check_data import check_data, check_training_data
+from gossamer.train.check_masks import check_masks, is_sparse
 from gossamer.train.check_teacher import check_teacher
 from gossamer.train.config import build, require_complete
 from gossamer.train.data.settings import buckets_of
@@ -85,9 +80,8 @@ def preflight(
     dtype = attention_dtype(precision)
     facts["precision"] = str(dtype).removeprefix("torch.")
     if is_sparse(cfg):
-        found = [_check_sparsity(cfg, model, each, dtype, device) for each in grids]
+        found = [check_masks(cfg, model, each, dtype, device) for each in grids]
         facts |= found[grids.index(grid)]
-        _check_calibration_path(cfg)
         check_match(cfg)
     if cfg.seed in cfg.repeat_seeds:
         fix = "they come after it"
@@ -99,6 +93,7 @@ def preflight(
         facts["calibration"] = _planned("calibrate", cfg, plan, device)
     if "train" in stages:
         build(cfg.optimizer).check()
+        build(cfg.tracker).check()
         _check_sequence(cfg, model, grids, launch)
         facts["batch"] = _batch(cfg, launch)
         if plan_memory:
@@ -119,11 +114,6 @@ def check_launch(cfg: DictConfig) -> None:
     check_device(cfg.device)
     Launch.read()
     attention_dtype()
-
-
-def is_sparse(cfg: DictConfig) -> bool:
-    """Say whether the run's attention is sparse: to a sparsity above 0, or to an error budget."""
-    return cfg.error_budget is not None or cfg.sparsity > 0
 
 
 def check_device(device: str) -> torch.device:
@@ -213,68 +203,6 @@ def _model_facts(source: ModelSource, model: nn.Module, grid: TokenGrid) -> dict
         "tokens": grid.num_tokens,
         "grid": f"{grid.frames} x {grid.height} x {grid.width}",
     }
-
-
-def _check_sparsity(
-    cfg: DictConfig, model: nn.Module, grid: TokenGrid, dtype: torch.dtype, device: torch.device
-) -> dict[str, Any]:
-    spec = {n: build(cfg[n]) for n in ("layout", "estimator", "policy", "compensation")}
-    method = method_from_spec({**spec, "backend": cfg.backend})
-    if not isinstance(build(cfg.allocation), Fixed | ErrorBound):
-        _refuse_drifting(method)
-    num_q, num_kv = method.layout.num_blocks(grid)
-    most = _most_sparsity(cfg, method, num_kv)
-    if cfg.sparsity is not None and cfg.sparsity > most + 1e-6:  # k is fp32
-        kept = f"{(1 - most) * num_kv:.3g} of {num_kv} blocks a row"
-        raise Refusal(
-            "sparsity",
-            cfg.sparsity,
-            f"at most {most:.4f} ({kept} must stay)",
-            "lower sparsity, make the layout's blocks smaller, or lower policy.k where "
-            "allocation=fixed",
-        )
-    head_dim = int(model.config.attention_head_dim)  # type: ignore[arg-type]
-    try:
-        backend = check_backend(method, head_dim=head_dim, dtype=dtype, device=device)
-    except ValueError as error:
-        raise Refusal("backend", cfg.backend, "a backend that can run this", str(error)) from error
-    shape = method.layout.block_shape
-    of = f"of {shape[0]} x {shape[1]}" if shape else "of any size"
-    return {
-        "backend": backend,
-        "blocks": f"{num_q} x {num_kv} {of}",
-        **{name: cfg[name] for name in ("sparsity", "error_budget") if cfg[name] is not None},
-    }
-
-
-def _refuse_drifting(method: SparseMethod) -> None:
-    """Refuse budgets that calibration cannot keep: clips differ in the sizes of their clusters."""
-    policy = method.policy
-    if method.layout.block_shape is not None or isinstance(policy, TokenHybrid | TrainedHybrid):
-        return
-    if getattr(policy, "unit", "blocks") == "blocks":
-        raise Refusal(
-            "policy",
-            f"{type(policy).__name__} in blocks",
-            "token_hybrid, error_budget with policy.unit=tokens, or trained_hybrid, with blocks of "
-            "any size (clusters): a share of blocks is no density",
-            "set policy=token_hybrid, or allocation=fixed to take the density as it comes",
-        )
-
-
-def _most_sparsity(cfg: DictConfig, method: SparseMethod, num_blocks: int) -> float:
-    """Return the sparsity left by the fewest blocks a row that the budgets can keep."""
-    if not isinstance(build(cfg.allocation), Fixed | ErrorBound):
-        return 1 - 1 / num_blocks
-    return 1 - max(1 / num_blocks, float(method.policy.k[0]))
-
-
-def _check_calibration_path(cfg: DictConfig) -> None:
-    path = cfg.calibration.path
-    if path is not None and not (Path(path) / CALIBRATION).is_file():
-        raise Refusal(
-            "calibration.path", path, f"a folder with {CALIBRATION}", "give null to calibrate anew"
-        )
 
 
 def _check_sequence(

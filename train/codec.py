@@ -267,14 +267,16 @@ class DiffusersVAECodec:
     def encode(self, video: Tensor) -> Tensor:
         """Video [B, 3, F, H, W] -> latents [B, C, (F-1)/t + 1, H/h, W/w]."""
         check_video(video, self)
-        posterior = self._vae.encode(video.to(self.device, self._vae.dtype)).latent_dist
+        with torch.autocast(self.device.type, enabled=False):
+            posterior = self._vae.encode(video.to(self.device, self._vae.dtype)).latent_dist
         return (posterior.mode().float() - self._mean) / self._std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, f, h, w] -> video [B, 3, F, H, W]."""
         raw = latents.to(self.device, torch.float32) * self._std + self._mean
-        return self._vae.decode(raw.to(self._vae.dtype)).sample.float()
+        with torch.autocast(self.device.type, enabled=False):
+            return self._vae.decode(raw.to(self._vae.dtype)).sample.float()
 
     def save(self, folder: str | Path) -> None:
         self._vae.save_pretrained(str(folder))

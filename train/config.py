@@ -288,6 +288,8 @@ def _check_type(expected: Any, value: Any, key: str) -> None:
         str: ((str,), "a text (quote numbers: \"'7'\")"),
         list: ((list,), "a list such as [1,2]"),
     }
+    if expected == "???" and value is None:
+        raise Refusal(key, "null", "a value", f"give {key}=... on the command line")
     if expected is None or "???" in (expected, value) or (value is None and key in NULLABLE):
         return
     types, words = allowed[type(expected)]

@@ -18,6 +18,7 @@ from gossamer.sparse.attach import attentions
 from gossamer.sparse.attention import SparseAttention
 from gossamer.sparse.estimators.oracle import Oracle
 from gossamer.train.codec import Codec
+from gossamer.train.data.clips import evenly as spread
 from gossamer.train.measures import Sample
 from gossamer.train.model import velocity
 from gossamer.train.noise import add_noise, mix
@@ -279,8 +280,7 @@ def keep_videos(videos: dict[str, Tensor], folder: Path, count: int | None) -> l
 
 def evenly(items: int, count: int) -> list[int]:
     """Return up to `count` indices spread over range(items)."""
-    count = min(items, count)
-    return [int((i + 0.5) * items / count) for i in range(count)]
+    return spread(range(items), count)
 
 
 def _recall(attention: SparseAttention, q: Tensor, k: Tensor, clips: int) -> Tensor:

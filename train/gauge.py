@@ -22,6 +22,7 @@ from gossamer.sparse.attach import (
 )
 from gossamer.sparse.attention import SparseAttention, SparseMethod
 from gossamer.sparse.bound import map_error
+from gossamer.sparse.filtered_drop import FilteredDrop
 from gossamer.sparse.layout import TokenGrid
 from gossamer.sparse.layouts.per_head import PerHead
 from gossamer.sparse.policies import Hybrid
@@ -76,6 +77,12 @@ class Gauge:
         width = int(teacher.config.attention_head_dim)  # type: ignore[arg-type]
         sparse = SparseAttention(method, self.heads, width)  # of one layer after the other
         self._sparse = sparse.requires_grad_(False).to(samples[0].x.device)
+
+    def untune(self) -> None:
+        """Return to the filter as the method has it."""
+        self.skip_below = None
+        if isinstance(self.method.compensation, FilteredDrop):
+            self._sparse.compensation.set_limit(self.method.compensation.skip_below)
 
     @property
     def clips(self) -> int:

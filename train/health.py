@@ -88,7 +88,10 @@ def tell(
         return part[1] if math.isfinite(part[1]) else math.inf
 
     batch, loss = max(parts, key=size)
-    where = "" if health.is_well else where_not_finite(distiller, batch)
+    where = ""
+    if not health.is_well:
+        with accelerator.autocast():  # shards in bf16 compute in nothing else
+            where = where_not_finite(distiller, batch)
     clips = ", ".join(dataset.meta(int(i))["clip_id"] for i in batch["index"])
     process = f"process {accelerator.process_index}, clips {clips}"
     found = gather_object([(f"{process}: {where}" if where else process, loss)])

@@ -22,7 +22,8 @@ from gossamer.sparse.attach import attach, method_from_spec
 from gossamer.train import checkpoint, progress
 from gossamer.train.calibrate import Calibrator
 from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
-from gossamer.train.check import check_launch, is_sparse, preflight
+from gossamer.train.check import check_launch, preflight
+from gossamer.train.check_masks import is_sparse
 from gossamer.train.codec import Codec, load_codec
 from gossamer.train.config import build, data_dir, data_url, fingerprint, save_config
 from gossamer.train.data.dataset import LatentDataset, SomeClips
@@ -38,7 +39,6 @@ from gossamer.train.negative import is_needed, load_negative
 from gossamer.train.parallel import Parallel
 from gossamer.train.processes import Together, accepted, check_alike, on_main, said_once
 from gossamer.train.pulse import Pulse, meeting
-from gossamer.train.redact import redact
 from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import CONFIG, PER_PROCESS, check_run_dir, flat
 from gossamer.train.run_lock import RunLock
@@ -151,18 +151,15 @@ class Job:
         options, data = self.cfg.training_data, self.cfg.data
         is_other = split == "train" and bool(options.dir) and not of_data
         folder = Path(options.dir) if is_other else data_dir(self.cfg)
-
-        def open_split() -> LatentDataset:
-            return LatentDataset(
-                folder,
-                split,
-                url=None if is_other else data_url(self.cfg),
-                cache_gb=data.cache_gb,
-                window=data.window,
-                quarantine=self.run_dir / QUARANTINE,
-            )
-
-        return self.once(("dataset", str(folder), split), open_split)
+        reading: dict[str, Any] = {
+            "url": None if is_other else data_url(self.cfg),
+            "cache_gb": data.cache_gb,
+            "window": data.window,
+        }
+        listed = self.run_dir / QUARANTINE
+        key = ("dataset", str(folder), split, str(reading))
+        opened = self.once(key, lambda: LatentDataset(folder, split, quarantine=listed, **reading))
+        return opened if self.kept is None else opened.of_run(listed)
 
     def dense(self) -> nn.Module:
         """Return the starting transformer with dense attention, frozen, on the device."""
@@ -427,7 +424,7 @@ def _shared_settings(job: Job) -> dict[str, object]:
     """Return what decides a run's result and its order of calls, but for the data itself."""
     launch, software = asdict(Launch.read()), {"gossamer": __version__, "torch": torch.__version__}
     precision = {"mixed_precision": job.accelerator.mixed_precision}
-    return {**redact(flat(job.cfg, PER_PROCESS)), **launch, **precision, **software}
+    return {**flat(job.cfg, PER_PROCESS), **launch, **precision, **software}
 
 
 def _finish(job: Job, stages: list[str], seconds: float) -> dict[str, Any]:

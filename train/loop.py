@@ -93,7 +93,8 @@ def train(
 
     `density` is what the mean density of trained budgets is held at. What `watch` finds is in the
     metrics of its steps and of a step 0; the seconds of a step do not count it. A step whose loss
-    or gradient is not finite in any process is left out in all; no checkpoint is saved after it.
+    or gradient is not finite in any process is left out in all; the checkpoint that is due after it
+    waits for one that counts, but for the last.
     The first SIGTERM or SIGINT, to any process, lets the step finish, saves it and raises
     SystemExit of 143 or 130; `accelerate launch` then ends with a code of its own. A second one
     ends the process at once.
@@ -124,7 +125,7 @@ def train(
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         rows = MetricsLog(folder / "metrics.jsonl")
-        rows.truncate_after(progress.step)
+        rows.truncate_after(progress.step or -1)  # step 0 is measured anew
     wrapped = parallel.wrap(distiller)
     data = batches(
         dataset,

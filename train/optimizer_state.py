@@ -10,8 +10,6 @@ from gossamer.train.refusal import Refusal
 from gossamer.train.sharded import shared_like
 from gossamer.train.tensor_files import Source
 
-_WAYS = ("foreach", "fused")
-
 NamedParams = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
@@ -25,12 +23,7 @@ def optimizer_tensors(
     groups = []
     for group in optimizer.param_groups:
         owned = [names[param] for param in group["params"]]
-        settings = {
-            key: value.item() if isinstance(value, Tensor) else value
-            for key, value in group.items()
-            if key != "params"
-        }
-        groups.append({"params": owned, "settings": settings})
+        groups.append({"params": owned})
         for name, param in zip(owned, group["params"], strict=True):
             for field, value in optimizer.state.get(param, {}).items():
                 if isinstance(value, Tensor):
@@ -49,8 +42,8 @@ def load_optimizer(
 ) -> None:
     """Restore bit for bit what `optimizer_tensors` gave; Refusal if parameters or optimizer differ.
 
-    Unlike Optimizer.load_state_dict it keeps each tensor's dtype. How the update is computed, fused
-    or not, is this machine's matter and stays as it is.
+    Unlike Optimizer.load_state_dict it keeps each tensor's dtype, and the settings of the groups as
+    they are: the config decides them, also a forced other one.
     """
     kind, saved_kind = type(optimizer).__name__, state.get("kind", "AdamW")
     if kind != saved_kind:
@@ -64,17 +57,12 @@ def load_optimizer(
         differing = ", ".join(name for _, name in sorted(current ^ saved)[:5])
         allowed = "the parameters and groups the checkpoint was trained with"
         raise Refusal("optimizer", differing, allowed, "resume with the run's own configuration")
-    on_device = set()
-    for group, stored in zip(groups, state["groups"], strict=True):
-        for key, value in stored["settings"].items():
-            if key in _WAYS:
-                continue
-            if isinstance(group.get(key), Tensor):
-                group[key].fill_(value)
-            else:
-                group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
-        if group.get("capturable") or group.get("fused"):
-            on_device.update(stored["params"])
+    on_device = {
+        names[param]
+        for group in groups
+        if group.get("capturable") or group.get("fused")
+        for param in group["params"]
+    }
     optimizer.state.clear()
     for key, tensor in tensors.items():
         name, _, field = key.rpartition("/")

@@ -22,7 +22,7 @@ class Numbers:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     warmup: int = 10
-    final_lr: float = 0.1  # share of lr left at the last step
+    final_lr: float = 0.1  # share of lr that the cosine ends at
     clip: float = 1.0
     mask_numbers: float = 100.0  # learning rate of a head's own mask numbers, in multiples of lr
     mask_matrices: float = 10.0  # and of the matrices of its mask

@@ -21,6 +21,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "backend": ("auto", "reference", "triton", "hopper"),
     "resume": ("auto", "force", "never"),
     "lora.layers": ("attention", "linear"),
+    "export.dtype": ("float32", "bfloat16"),
     "export.lora": ("merged", "adapter"),
     "data.condition": CONDITIONS,
     "model.condition": CONDITIONS,

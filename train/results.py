@@ -47,7 +47,11 @@ def check_export(job: "Job") -> None:
 
 
 def export_stage(job: "Job") -> None:
-    """Export the trained student once a fresh copy of it gives the same velocities bit for bit."""
+    """Export the trained student.
+
+    A sparse one and an adapter, in fp32, only once a fresh copy gives the same velocities bit for
+    bit.
+    """
     folder = job.run_dir / EXPORT
     if folder.exists() and _is_exported(job):
         job.log("%s is already the export of the newest checkpoint: nothing to do", folder)

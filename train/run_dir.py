@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from gossamer.train.redact import redact
 from gossamer.train.refusal import Refusal
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def check_run_dir(cfg: DictConfig, run_dir: Path) -> None:
 
 
 def flat(cfg: Any, free: tuple[str, ...] = (*FREE_KEYS, *PLACE_KEYS)) -> dict[str, Any]:
-    """Return dotted key -> value of what decides a run's result: of all but the `free` keys."""
+    """Return dotted key -> redacted value of what decides a run's result: all but `free` keys."""
     found: dict[str, Any] = {}
 
     def walk(prefix: str, node: Any) -> None:
@@ -67,7 +68,7 @@ def flat(cfg: Any, free: tuple[str, ...] = (*FREE_KEYS, *PLACE_KEYS)) -> dict[st
         elif prefix not in FREE_DATA_KEYS:
             found[prefix] = node
 
-    container = OmegaConf.to_container(cfg, resolve=True)
+    container = redact(OmegaConf.to_container(cfg, resolve=True))  # as save_config wrote it
     if not isinstance(container, dict):
         raise ValueError("it holds no keys")
     walk("", {k: v for k, v in container.items() if k not in free})

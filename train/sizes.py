@@ -5,8 +5,10 @@ from math import prod
 from pathlib import Path
 from shutil import disk_usage
 
+import torch
 from omegaconf import DictConfig
 
+from gossamer.train.config import build
 from gossamer.train.text import TextEncoder
 
 log = logging.getLogger(__name__)
@@ -15,8 +17,10 @@ GB = 1e9
 
 
 def checkpoint_size(cfg: DictConfig, trained: int) -> str:
-    """Say what checkpoints take: fp32 weights, AdamW's two moments and the averaged weights."""
-    size = trained * 4 * (4 if cfg.ema else 3) / GB
+    """Say what checkpoints take: fp32 weights, the optimizer's state and the averaged weights."""
+    weights = torch.empty(trained, device="meta")
+    state = build(cfg.optimizer).state_bytes(weights)
+    size = (weights.nbytes * (2 if cfg.ema else 1) + state) / GB
     folder = Path(cfg.run_dir).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = disk_usage(there).free / GB

@@ -21,6 +21,7 @@ from gossamer.train.files import is_seen, write_atomic
 from gossamer.train.model import compile_blocks
 from gossamer.train.negative import store_negative
 from gossamer.train.processes import accepted, agreed, check_same, on_main, said_once
+from gossamer.train.redact import redact
 from gossamer.train.refusal import Refusal
 from gossamer.train.run_lock import RunLock
 from gossamer.train.teach import write_cache
@@ -183,13 +184,12 @@ def _train_seeds(job: "Job") -> None:
             **{name: job.cfg[name] for name in names},
         )
         folder = job.seed_dir(seed)
-        tracker = build(job.cfg.tracker if seed == job.cfg.seed else {"_target_": NO_TRACKER})
-        if job.accelerator.is_main_process:
-            config = OmegaConf.to_container(job.cfg, resolve=True)
-            tracker.start(folder, config)
         student = job.student_on_cpu(seed)
         if job.cfg.compile:
             compile_blocks(student, tuned=job.cfg.compile_tuned)
+        tracker = build(job.cfg.tracker if seed == job.cfg.seed else {"_target_": NO_TRACKER})
+        if job.accelerator.is_main_process:
+            tracker.start(folder, redact(OmegaConf.to_container(job.cfg, resolve=True)))
         try:
             loop.train(
                 Distiller(student, teacher, loss, job.draws(seed)),
@@ -203,8 +203,6 @@ def _train_seeds(job: "Job") -> None:
                 watch=watch,
                 parallel=job.parallel,
             )
-        except SystemExit:  # stopped between two steps
+        finally:
             tracker.finish()
-            raise
-        tracker.finish()
         job.accelerator.free_memory()

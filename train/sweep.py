@@ -5,7 +5,6 @@ does (train/workers.py).
 """
 
 import csv
-import hashlib
 import json
 import logging
 import os
@@ -14,65 +13,30 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
-from omegaconf import DictConfig
 from tqdm import tqdm
 
-from gossamer.train.arms import choose_arms, load_arms, merge
-from gossamer.train.config import compose, fingerprint, parse_overrides, require_complete
+from gossamer.train.config import fingerprint, require_complete
 from gossamer.train.files import write_atomic
 from gossamer.train.redact import redact
-from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import check_run_dir
 from gossamer.train.study.record import Results
-from gossamer.train.suggest import nearest
-from gossamer.train.workers import Pool, Task, sharing
+from gossamer.train.sweep_plan import Job, Launch, plan, split
+from gossamer.train.workers import Pool, Task, own_environment, sharing
 
 log = logging.getLogger(__name__)
 
 RESULT, LOG = "result.json", "log.txt"
-# Set by a launcher for its own children; a job of the sweep is nobody's child.
-_LAUNCHER = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_\w+|TORCHELASTIC_\w+")
 _ERROR = re.compile(r"(\[rank\d+\]:\s*)?(error: |[\w.]*(Error|Exception|Interrupt)\b)")
 _LAUNCHERS_ERROR = re.compile(r"CalledProcessError|ChildFailedError")
-_MAX_LABEL = 100
 STOPPED = (130, 143)  # exit codes of a worker's job that was told to stop
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How jobs are started: the keys sweep.*."""
-
-    num_processes: int = 1  # of each job
-    mixed_precision: Literal["no", "bf16"] = "no"
-    arms: Any = None  # names of the recipe's arms, or all
-    workers: int = 0  # processes that each do many jobs, one to a GPU; 0: a launch for each job
-    time_limit: float | None = None  # seconds, after which jobs in hand stop and save; with workers
-    results: str | None = None  # a .jsonl file that keeps what each job found
-    keep_checkpoints: bool = True  # false: delete those of a job whose results are kept
-
-
-@dataclass(frozen=True)
-class Job:
-    """One combination: what was swept, and what the job is started with."""
-
-    label: str
-    swept: dict[str, Any]
-    overrides: list[str]
-    cfg: DictConfig
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.cfg.run_dir)
 
 
 @dataclass(frozen=True)
@@ -96,7 +60,7 @@ def sweep(overrides: Sequence[str], *, only_show: bool = False) -> int:
     limit stops the jobs in hand, which go on where they were in the next call.
     """
     start = time.monotonic()
-    launch, swept, constant = _split(overrides)
+    launch, swept, constant = split(overrides)
     is_shared_out = bool(launch.workers) and not only_show
     # the workers import while the jobs are planned
     with Pool(launch.workers, launch.mixed_precision) if is_shared_out else nullcontext() as pool:
@@ -112,7 +76,7 @@ def _sweep(
     *,
     only_show: bool,
 ) -> int:
-    folder, jobs = _plan(swept, constant, launch.arms)
+    folder, jobs = plan(swept, constant, launch.arms)
     if only_show:
         lines = (f"gossamer train {' '.join(job.overrides)}\n" for job in jobs)
         sys.stdout.write("".join(lines))
@@ -136,7 +100,8 @@ def _sweep(
                 shared = sharing(launch.workers or 1)
                 results.add(job.label, redact(job.swept), job.cfg, outcome.seconds, shared)
                 if not launch.keep_checkpoints:
-                    shutil.rmtree(job.run_dir / "checkpoints", ignore_errors=True)
+                    for seed_dir in (job.run_dir, *job.run_dir.glob("repeats/*")):
+                        shutil.rmtree(seed_dir / "checkpoints", ignore_errors=True)
             outcomes[job.label] = outcome
             _write_summary(folder, [outcomes[j.label] for j in jobs if j.label in outcomes])
             log.info("%s: %s %s", job.label, outcome.status, outcome.error)
@@ -165,125 +130,6 @@ def launch_command(launch: Launch, overrides: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", *options, *module]
 
 
-def _split(overrides: Sequence[str]) -> tuple[Launch, list[Override], list[Override]]:
-    """Part sweep.* from the swept and the constant overrides."""
-    settings: dict[str, Any] = {}
-    swept: list[Override] = []
-    constant: list[Override] = []
-    for override in parse_overrides(overrides):
-        key = override.key_or_group
-        if key.startswith("sweep."):
-            settings[key.removeprefix("sweep.")] = override.value()
-        else:
-            (swept if override.is_sweep_override() else constant).append(override)
-    return _launch(settings), swept, constant
-
-
-def _launch(settings: dict[str, Any]) -> Launch:
-    allowed: dict[str, tuple[str, Callable[[Any], bool]]] = {
-        "num_processes": ("a whole number of at least 1", lambda x: _is_count(x, 1)),
-        "mixed_precision": ("no, bf16", lambda x: x in ("no", "bf16")),
-        "arms": ("all, or names of the recipe's arms", lambda x: isinstance(x, str | list)),
-        "workers": ("a whole number of at least 0", lambda x: _is_count(x, 0)),
-        "time_limit": ("seconds above 0", lambda x: isinstance(x, int | float) and x > 0),
-        "results": ("a path that ends in .jsonl", lambda x: str(x).endswith(".jsonl")),
-        "keep_checkpoints": ("true or false", lambda x: isinstance(x, bool)),
-    }
-    for name, value in settings.items():
-        if name not in allowed:
-            fix = nearest(name, allowed) or "remove it"
-            raise Refusal(f"sweep.{name}", value, ", ".join(allowed), fix)
-        words, is_allowed = allowed[name]
-        if not is_allowed(value):
-            raise Refusal(f"sweep.{name}", value, words, "give one value")
-    launch = Launch(**settings)
-    if launch.workers and launch.num_processes > 1:
-        raise Refusal("sweep.workers", launch.workers, "0 with num_processes above 1", "give one")
-    if launch.time_limit and not launch.workers:
-        raise Refusal("sweep.time_limit", launch.time_limit, "nothing without workers", "workers=1")
-    if not launch.keep_checkpoints and not launch.results:
-        raise Refusal("sweep.keep_checkpoints", False, "true without results", "give results")
-    return launch
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _plan(
-    swept: list[Override], constant: list[Override], arms: Any = None
-) -> tuple[Path, list[Job]]:
-    """Compose every job; all of them lie in the sweep's folder."""
-    try:
-        combinations = BasicSweeper.split_arguments(swept, None)[0] if swept else [()]
-    except HydraException as error:
-        raise Refusal(
-            "sweep", swept[0].input_line, "lists, range() and glob()", str(error)
-        ) from error
-    if not swept and arms is None:
-        raise Refusal("sweep", "nothing", "at least one a=1,2", "for example sparsity=0.8,0.9")
-    if any(override.key_or_group == "name" for override in swept):
-        raise Refusal("name", "several values", "one name", "each job's folder is named for it")
-    given = {o.key_or_group: o.value() for o in constant}
-    chosen: list[tuple[str | None, list[Override]]] = [(None, [])]
-    if arms is not None:
-        known = load_arms(str(given.get("recipes")))
-        chosen = [*choose_arms(known, arms).items()]
-    lines = _typed(constant)
-    first = compose([*lines, *combinations[0]])
-    recipe = "several" if any(o.key_or_group == "recipes" for o in swept) else first.recipe_name
-    name = first.name if "name" in given else f"{recipe}-sweep"
-    jobs: dict[str, Job] = {}
-    for combination in combinations:  # outermost: a sweep cut short has every arm's first seed
-        parsed = parse_overrides(combination)
-        for arm, own in chosen:
-            settled = {o.key_or_group for o in own}
-            free = [
-                line
-                for line, override in zip(combination, parsed, strict=True)
-                if override.key_or_group not in settled
-            ]
-            swept_here = _swept(free, arm)
-            if _label_of(swept_here) not in jobs:  # arms that settle what is swept come once
-                job = _job(name, _typed(merge(own, constant)), free, swept_here)
-                jobs[job.label] = job
-    if len({job.run_dir for job in jobs.values()}) < len(jobs):
-        where = next(iter(jobs.values())).run_dir
-        raise Refusal("run_dir", where, "one folder per job", "give runs_dir instead")
-    return Path(first.runs_dir) / name, list(jobs.values())
-
-
-def _swept(combination: Sequence[str], arm: str | None) -> dict[str, Any]:
-    parsed = parse_overrides(combination) if combination else []
-    swept: dict[str, Any] = {"arm": arm} if arm is not None else {}
-    return swept | {o.key_or_group.replace("recipes", "recipe"): o.value() for o in parsed}
-
-
-def _label_of(swept: dict[str, Any]) -> str:
-    return _label(",".join(f"{key}={value}" for key, value in redact(swept).items()))
-
-
-def _job(name: str, constant: list[str], combination: Sequence[str], swept: dict[str, Any]) -> Job:
-    label = _label_of(swept)
-    quoted = f"{name}/{label}".replace("'", "\\'")
-    overrides = [*constant, *map(_as_typed, combination), f"name='{quoted}'"]
-    return Job(label=label, swept=swept, overrides=overrides, cfg=compose(overrides))
-
-
-def _typed(overrides: Sequence[Override]) -> list[str]:
-    return [_as_typed(str(override.input_line)) for override in overrides]
-
-
-def _as_typed(line: str) -> str:
-    return re.sub(r"^\+recipes=", "recipe=", line)
-
-
-def _label(text: str) -> str:
-    """Make a folder name; one that had to be changed ends with a hash, so that it stays unique."""
-    label = re.sub(r"[^\w.,=+-]", "_", text)[:_MAX_LABEL]
-    return label if label == text else f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
 def _check(jobs: Sequence[Job], mixed_precision: str) -> None:
     from gossamer.train.check import preflight
 
@@ -295,7 +141,7 @@ def _check(jobs: Sequence[Job], mixed_precision: str) -> None:
 
 def _one_by_one(jobs: Sequence[Job], launch: Launch, folder: Path) -> Iterator[tuple[Job, Outcome]]:
     """Start an `accelerate launch` for each job, and say how it went."""
-    environment = {name: v for name, v in os.environ.items() if not _LAUNCHER.fullmatch(name)}
+    environment = own_environment()
     for job in jobs:
         begun = time.monotonic()
         job.run_dir.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from contextlib import ExitStack
 from functools import partial
 from math import ceil, prod
 from pathlib import Path
@@ -16,6 +17,7 @@ from gossamer.train.data.dataset import LatentDataset, collate
 from gossamer.train.files import is_seen, sha256, write_atomic
 from gossamer.train.processes import accepted, agreed, on_main
 from gossamer.train.refusal import Refusal
+from gossamer.train.run_lock import RunLock
 from gossamer.train.velocities import (
     MANIFEST,
     SPLIT,
@@ -40,16 +42,17 @@ MOST_PROCESSES = 64
 def write_cache(job: "Job", folder: Path) -> None:
     """Write the velocities of the training split into `folder`, where they are not there yet.
 
-    Raises Refusal where the folder holds a cache of another run.
+    Raises Refusal where the folder holds a cache of another run, or another run writes into it.
     """
-    is_done = on_main(partial(_begin, job, folder), job.accelerator)
-    if agreed(bool(is_done), job.accelerator):
-        return
-    begun = job.together.gather(_text(folder / BEGUN) if job.together.is_first else "")[0]
-    accepted(partial(_check_begun, folder, begun), job.together)
-    _write_files(job, folder)
-    job.accelerator.wait_for_everyone()
-    on_main(partial(_finish, job, folder), job.accelerator)
+    with ExitStack() as held:
+        is_done = on_main(partial(_begin, job, folder, held), job.accelerator)
+        if agreed(bool(is_done), job.accelerator):
+            return
+        begun = job.together.gather(_text(folder / BEGUN) if job.together.is_first else "")[0]
+        accepted(partial(_check_begun, folder, begun), job.together)
+        _write_files(job, folder)
+        job.accelerator.wait_for_everyone()
+        on_main(partial(_finish, job, folder), job.accelerator)
 
 
 def _text(file: Path) -> str:
@@ -62,13 +65,16 @@ def _check_begun(folder: Path, begun: str) -> None:
         raise Refusal("teacher.path", folder, "one folder that all machines share", fix)
 
 
-def _begin(job: "Job", folder: Path) -> bool:
-    """Verify a finished cache; else note what is begun, and clear files made for other things."""
+def _begin(job: "Job", folder: Path, held: ExitStack) -> bool:
+    """Verify a finished cache, and say that it is one.
+
+    Else lock the folder, note what is begun, and clear files made for other things.
+    """
     if (folder / MANIFEST).is_file():
         VelocityCache.open(folder).verify(job, samples=0)
         log.info("%s is already of this teacher and data, and verified: nothing to do", folder)
         return True
-    folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(RunLock(folder, "teacher.path"))
     values = {
         "request": {**request_of(job.cfg), "teacher": digest(job.dense_on_cpu())},
         "precision": str(job.accelerator.mixed_precision),

@@ -129,6 +129,7 @@ class Guided(nn.Module):
         super().__init__()
         self.model, self.negative, self.scale = model, negative, scale
         self.patch_embedding = model.patch_embedding  # whose dtype `velocity` reads
+        self.cache_context = model.cache_context  # which the sampler enters
 
     def forward(self, *, encoder_hidden_states: Tensor, **call: Any) -> tuple[Tensor]:
         """Return the guided velocity as a tuple of one, fp32."""

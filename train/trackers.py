@@ -76,10 +76,12 @@ class MetricsLog:
 
 
 class Tracker(Protocol):
-    """Show a run's numbers somewhere; only `start` may raise, and only Refusal.
+    """Show a run's numbers somewhere; only `check` and `start` may raise, and only Refusal.
 
     The caller redacts `config`.
     """
+
+    def check(self) -> None: ...
 
     def start(self, run_dir: Path, config: dict[str, Any]) -> None: ...
 
@@ -90,6 +92,9 @@ class Tracker(Protocol):
 
 class NoTracker:
     """Show nothing."""
+
+    def check(self) -> None:
+        pass
 
     def start(self, run_dir: Path, config: dict[str, Any]) -> None:
         pass
@@ -108,8 +113,12 @@ class Tensorboard:
         self._guard = _Guard("tensorboard")
         self._writer: Any = None
 
-    def start(self, run_dir: Path, config: dict[str, Any]) -> None:
+    def check(self) -> None:
+        """Refuse where the package is not installed."""
         _require("tensorboard")
+
+    def start(self, run_dir: Path, config: dict[str, Any]) -> None:
+        self.check()
         from torch.utils.tensorboard import SummaryWriter
 
         with self._guard:
@@ -145,19 +154,21 @@ class Wandb:
         *,
         mode: str = "offline",
         project: str = "gossamer",
-        run_name: str | None = None,
         timeout: float = 30.0,
     ) -> None:
         if mode not in WANDB_MODES:
-            raise Refusal("mode", mode, ", ".join(WANDB_MODES), "choose one of them")
+            raise Refusal("tracker.mode", mode, ", ".join(WANDB_MODES), "choose one of them")
         if not 0 < timeout < math.inf:
-            raise Refusal("timeout", timeout, "seconds above 0", "leave it at 30")
+            raise Refusal("tracker.timeout", timeout, "seconds above 0", "leave it at 30")
         self._mode = mode
         self._project = project
-        self._run_name = run_name
         self._timeout = timeout
         self._guard = _Guard("wandb")
         self._run: Any = None
+
+    def check(self) -> None:
+        """Refuse where the package is not installed."""
+        _require("wandb")
 
     def start(self, run_dir: Path, config: dict[str, Any]) -> None:
         """Start or continue the run; Refusal without the package or, online, without a login."""
@@ -204,7 +215,6 @@ class Wandb:
         )
         return wandb.init(
             project=self._project,
-            name=self._run_name,
             dir=str(run_dir),
             mode=mode,
             id=_run_id(run_dir / "wandb_id.txt"),

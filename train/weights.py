@@ -14,19 +14,21 @@ from gossamer.train.refusal import Refusal
 SUFFIX = ".safetensors"
 
 
-def check_weights(folder: Path, field: str) -> int:
-    """Return the bytes of a folder's safetensors files; refuse missing, cut or unlisted ones.
+def check_weights(folder: Path, field: str) -> None:
+    """Refuse a folder whose safetensors files or their indices are missing or cut.
 
-    Reads headers only.
+    Reads headers and indices only.
     """
     from safetensors import SafetensorError, safe_open
 
     files = sorted(folder.glob(f"*{SUFFIX}"))
-    listed = {
-        name
-        for index in folder.glob(f"*{SUFFIX}.index.json")
-        for name in json.loads(index.read_text())["weight_map"].values()
-    }
+    listed: set[str] = set()
+    for index in folder.glob(f"*{SUFFIX}.index.json"):
+        try:
+            listed |= set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            allowed = f"an index of {SUFFIX} files in JSON ({error!r})"
+            raise Refusal(field, index, allowed, "copy it again") from error
     missing = sorted(listed - {file.name for file in files})
     if not files or missing:
         what = f"{', '.join(missing[:3])} missing" if missing else "there is none"
@@ -44,7 +46,6 @@ def check_weights(folder: Path, field: str) -> int:
             raise Refusal(
                 field, file, f"a whole {SUFFIX} file ({error})", "copy it again"
             ) from error
-    return sum(file.stat().st_size for file in files)
 
 
 def load_whole(

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 from typing import IO, Any
 
-from gossamer.train.cli import REFUSED, TERMINATED, set_up_logging
+from gossamer.train.cli import TERMINATED, set_up_logging
 from gossamer.train.interrupt import Terminated, terminable
 from gossamer.train.refusal import Refusal
 
@@ -54,7 +54,7 @@ def work(overrides: Sequence[str], kept: dict[tuple[str, ...], Any]) -> int:
         return 0
     except Refusal as refusal:
         sys.stderr.write(f"error: {refusal}\n")
-        return REFUSED
+        return refusal.code
     except Terminated:
         return TERMINATED
     except SystemExit as end:  # a training that was stopped

@@ -3,6 +3,7 @@
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from typing import Self
 
 LEAST = 5.0  # seconds left below which no job is begun
 COMMAND = [sys.executable, "-m", "gossamer.train.worker"]
+# Set by a launcher for its own children; a job of a sweep is nobody's child.
+_LAUNCHER = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_\w+|TORCHELASTIC_\w+")
 GRACE = 45.0  # seconds that a job which is told to stop may take to save its step
 
 
@@ -147,6 +150,11 @@ class Pool:
                 process.stdin.close()
 
 
+def own_environment() -> dict[str, str]:
+    """Return the environment of a job: this process's without what a launcher gave it."""
+    return {name: v for name, v in os.environ.items() if not _LAUNCHER.fullmatch(name)}
+
+
 def sharing(count: int) -> int:
     """Return how many of so many workers run on one device at the same time."""
     import torch
@@ -172,7 +180,7 @@ def _environment(place: int, count: int, mixed_precision: str) -> dict[str, str]
 
     threads = max(1, (os.cpu_count() or 1) // count)
     environment = {
-        **os.environ,
+        **own_environment(),
         "ACCELERATE_MIXED_PRECISION": mixed_precision,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }

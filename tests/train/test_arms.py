@@ -10,7 +10,8 @@ from gossamer.train.arms import choose_arms, load_arms
 from gossamer.train.config import compose
 from gossamer.train.refusal import Refusal
 from gossamer.train.study.record import Results
-from gossamer.train.sweep import _plan, _split, sweep
+from gossamer.train.sweep import sweep
+from gossamer.train.sweep_plan import plan, split
 
 RECIPE = "# @package _global_\nstages: [calibrate, train, evaluate]\n"
 ARMS = """
@@ -31,8 +32,8 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def jobs(*overrides: str) -> list[Any]:
-    launch, swept, constant = _split(overrides)
-    return _plan(swept, constant, launch.arms)[1]
+    launch, swept, constant = split(overrides)
+    return plan(swept, constant, launch.arms)[1]
 
 
 def test_every_arm_of_the_study_composes_at_every_sparsity(tmp_path: Path) -> None:

@@ -215,3 +215,12 @@ def test_heads_of_a_student_follow_their_own_orders(make_job: Any) -> None:
     found.apply(model)
     choices = [a.layout.choice.tolist() for a in attentions(model).values()]
     assert choices == found.layout_choice
+
+
+def test_a_density_that_no_mask_has_is_refused_with_the_nearest_one(
+    make_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = calibrator(make_job(**IN_PAIRS["clusters"]))
+    monkeypatch.setattr(Gauge, "density", lambda gauge, k: torch.full_like(k, 0.75))
+    with pytest.raises(Refusal, match=r"sparsity=0\.7: .*the nearest is 0\.2500"):
+        found.budgets(Uniform(), sparsity=0.7)

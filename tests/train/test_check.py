@@ -185,3 +185,13 @@ def test_a_policy_may_keep_just_the_density_asked_for(tmp_path: Path, sparsity: 
     """1 - 0.9 as fp32 is above 0.1."""
     given = f"sparsity={sparsity}", f"policy.k={round(1 - sparsity, 9)}", "allocation=fixed"
     check(demo(tmp_path, "device=cpu", "recipe=demo", *given))
+
+
+def test_a_tracker_that_cannot_start_is_refused_before_the_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = demo(tmp_path, "recipe=demo", "tracker=wandb", "tracker.mode=on")
+    assert "tracker.mode=on: allowed is offline" in refusal(cfg)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    cfg = demo(tmp_path, "recipe=demo", "tracker=tensorboard")
+    assert "pip install tensorboard" in refusal(cfg)

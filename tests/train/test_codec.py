@@ -171,6 +171,10 @@ def test_vae_codec_normalises_the_posterior_mode_of_diffusers(vae_folder: Path) 
     assert latents.shape[1:] == codec.latent_shape(9, 32, 32) == (16, 3, 4, 4)
     assert torch.equal(latents, codec.encode(video))
     torch.testing.assert_close(codec.decode(latents), restored, atol=1e-5, rtol=1e-5)
+    fp32 = codec.decode(latents)
+    with torch.autocast("cpu", torch.bfloat16):  # of an evaluation
+        assert torch.equal(codec.encode(video), latents)
+        assert torch.equal(codec.decode(latents), fp32)
 
 
 def test_vae_codec_takes_4k_plus_1_frames_and_reloads_from_what_it_saved(

@@ -153,6 +153,7 @@ def test_a_broken_recipe_is_refused(tmp_path: Path, text: str, said: str) -> Non
         ("device=gpu", "auto, cpu, cuda"),
         ("backend=tritn", "did you mean triton?"),
         ("resume=yes", "auto, force, never"),
+        ("export.dtype=bf16", "float32, bfloat16"),
         ("stages=[trian]", "did you mean train?"),
         ("stages=[train,encode]", "in this order"),
         ("stages=[]", "in this order"),
@@ -172,6 +173,13 @@ def test_a_broken_recipe_is_refused(tmp_path: Path, text: str, said: str) -> Non
 )
 def test_bad_input_is_refused_in_one_line(override: str, said: str) -> None:
     assert said in refuse(override)
+
+
+@pytest.mark.parametrize("key", ["data=encoded data.dir", "model=pretrained model.path"])
+def test_null_is_no_value_of_a_key_that_must_be_given(key: str) -> None:
+    *group, name = key.split()
+    with pytest.raises(Refusal, match=f"{name}=null: allowed is a value; give {name}="):
+        compose([*group, f"{name}=null"])
 
 
 def test_every_extra_measure_may_be_asked_for() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gossamer.sparse.allocation import ErrorBound, least_within
+from gossamer.sparse.allocation import ErrorBound, Fixed, least_within
 from gossamer.sparse.attach import attach, attentions, method_from_spec
 from gossamer.sparse.attention import SparseAttention
 from gossamer.train.calibrate import Calibrator
@@ -32,11 +32,14 @@ def samples_of(job: Any) -> list[Sample]:
     return noisy_samples([dataset[2], dataset[7]], LEVELS, 2, job.device)
 
 
-def tuned(job: Any, **bounds: float) -> Calibration:
-    samples = samples_of(job)
+def calibrator_of(job: Any) -> Calibrator:
     settings = {"noise_levels": LEVELS, "densities": [0.5], "probes": 1, "seed": 0}
-    gauge = Gauge(job.dense(), method_from_spec(job.method_spec), samples, **settings)
-    return Calibrator(gauge).run(ErrorBound(**bounds), sparsity=0.5)
+    method = method_from_spec(job.method_spec)
+    return Calibrator(Gauge(job.dense(), method, samples_of(job), **settings))
+
+
+def tuned(job: Any, **bounds: float) -> Calibration:
+    return calibrator_of(job).run(ErrorBound(**bounds), sparsity=0.5)
 
 
 def worst(job: Any, p: Any, limit: Any = None) -> torch.Tensor:
@@ -99,6 +102,16 @@ def test_the_filter_is_tuned_after_the_mass_and_goes_with_the_calibration(
     loaded.apply(student)
     for index, attention in enumerate(attentions(student).values()):
         assert torch.equal(attention.compensation.skip_below, limit[index])
+
+
+def test_a_tuned_filter_does_not_stay_for_the_next_budgets_of_a_teacher(make_job: Any) -> None:
+    job = make_job(**FILTER)
+    before, after = calibrator_of(job), calibrator_of(job)
+    after.run(ErrorBound(l1=0.1, l2=0.2), sparsity=0.5)
+    found = after.run(Fixed(), sparsity=0.5)
+    alone = before.run(Fixed(), sparsity=0.5)
+    assert found.skip_below == alone.skip_below == []
+    assert found.chosen["measured_error"] == alone.chosen["measured_error"]
 
 
 def test_the_stage_calibrates_and_says_what_the_bounds_gave(make_job: Any) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from gossamer.train.check import preflight
-from gossamer.train.config import compose, fingerprint, recipes
-from gossamer.train.run_dir import check_run_dir
+from gossamer.train.config import compose, fingerprint, recipes, save_config
+from gossamer.train.data import quarantine
+from gossamer.train.run_dir import CONFIG, check_run_dir
 
 ALL = ["encode", "calibrate", "train", "evaluate", "export", "report"]
 
@@ -95,8 +96,34 @@ def test_a_new_folder_belongs_to_any_config(whole: Any, tmp_path: Path) -> None:
     check_run_dir(compose(whole[1]), tmp_path)
 
 
+def test_a_folder_belongs_to_its_config_whatever_credentials_are_in_it(tmp_path: Path) -> None:
+    cfg = compose(["data=encoded", "data.dir='https://me:planted@host/data?token=planted'"])
+    save_config(cfg, tmp_path / CONFIG)
+    assert "planted" not in (tmp_path / CONFIG).read_text()
+    check_run_dir(cfg, tmp_path)
+
+
 def test_every_recipe_composes_and_the_demo_can_run(tmp_path: Path) -> None:
     for recipe in recipes():
         assert compose([f"recipe={recipe}"]).recipe_name == recipe
     cfg = compose(["recipe=demo", "device=cpu", f"data.dir={tmp_path}", f"runs_dir={tmp_path}"])
     assert preflight(cfg, list(cfg.stages))["backend"] == "reference"
+
+
+def test_jobs_of_one_process_share_clips_but_neither_their_order_nor_what_is_left_out(
+    make_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quarantine, "BAD_SHARE", 1.0)
+    kept: dict[Any, Any] = {}
+    jobs = [make_job(name=name, data__window=w) for name, w in (("a", None), ("b", 1), ("c", None))]
+    shard = jobs[0].whole_split("train").shards[0]
+    listed = {"split": "train", "shard": shard.file, "row": 0, "clips": 1, "reason": "torn"}
+    jobs[2].run_dir.mkdir(parents=True)
+    (jobs[2].run_dir / quarantine.FILE).write_text(json.dumps(listed) + "\n")
+    for job in jobs:
+        job.kept = kept
+    splits = [job.whole_split("train") for job in jobs]
+    assert [split.window for split in splits] == [None, 1, None]
+    assert [split.quarantine.holds(shard.file, 0) for split in splits] == [False, False, True]
+    assert splits[2][0]["index"] != 0 == splits[0][0]["index"]
+    assert splits[2]._open is splits[0]._open, "read once"

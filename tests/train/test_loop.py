@@ -20,7 +20,9 @@ from gossamer.train.refusal import Refusal
 from gossamer.train.trackers import NoTracker
 
 
-def train(job: Any, folder: Path, loss: Any = None, **settings: Any) -> loop.Progress:
+def train(
+    job: Any, folder: Path, loss: Any = None, watch: Any = None, **settings: Any
+) -> loop.Progress:
     """Train the job's student for a few steps in this process."""
     student = job.student(0)
     distiller = Distiller(student, job.teacher(), loss or build(job.cfg.loss), job.draws(0))
@@ -32,6 +34,7 @@ def train(job: Any, folder: Path, loss: Any = None, **settings: Any) -> loop.Pro
         loop.TrainSettings(**values),
         folder=folder,
         tracker=NoTracker(),
+        watch=watch,
     )
 
 
@@ -197,3 +200,21 @@ def test_the_metrics_tell_the_share_of_a_step_that_waits_for_data(
     slow = rows["slow"][1]
     assert slow["data_seconds"] >= 1 and slow["data_share"] > 0.5  # sleeping waits, at any load
     assert rows["quick"][1]["data_seconds"] < 1
+
+
+def test_a_run_killed_before_its_first_checkpoint_measures_step_0_once(
+    make_job: Any, lab: Any, tmp_path: Path
+) -> None:
+    class Watching:
+        every = 1
+
+        def __call__(self, student: Any) -> dict[str, float]:
+            return {"heldout_error": 0.5}
+
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    left = [{"step": step, "heldout_error": 0.7} for step in (0, 1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in left))
+    train(make_job(), folder, watch=Watching(), steps=2)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert [(row["step"], row["heldout_error"]) for row in rows] == [(0, 0.5), (1, 0.5), (2, 0.5)]

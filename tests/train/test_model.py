@@ -102,6 +102,13 @@ def test_missing_or_cut_weights_are_refused_without_reading_them(folder: Path) -
         source.check_weights()
 
 
+@pytest.mark.parametrize("index", ['{"weight_map": {"a": "diff', "[]", "{}"])
+def test_a_cut_index_of_the_weights_is_refused(index: str, folder: Path) -> None:
+    (folder / "transformer" / f"{WEIGHTS}.index.json").write_text(index)
+    with pytest.raises(Refusal, match=r"an index of \.safetensors files in JSON"):
+        Pretrained(path=str(folder)).check_weights()
+
+
 def test_a_missing_shard_is_named(folder: Path) -> None:
     transformer = folder / "transformer"
     (transformer / WEIGHTS).unlink()

@@ -16,6 +16,7 @@ from gossamer.train.config import build, compose
 from gossamer.train.optimizer_state import load_optimizer, optimizer_tensors
 from gossamer.train.optimizers import AdamW, AdamW8bit
 from gossamer.train.refusal import Refusal
+from gossamer.train.sizes import checkpoint_size
 
 
 class Quantised(torch.optim.Optimizer):
@@ -90,6 +91,16 @@ def test_the_old_keys_choose_adamw() -> None:
     assert not made.param_groups[0]["fused"]  # on a CPU
 
 
+def test_settings_that_are_forced_to_change_hold_after_a_resume() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    named, groups = [("w", weight)], [{"params": [weight], "weight_decay": 0.1}]
+    tensors, state = optimizer_tensors(AdamW().make(groups), named)
+    now = AdamW(betas=(0.5, 0.6)).make([{"params": [weight], "weight_decay": 0.5}])
+    load_optimizer(now, named, tensors, json.loads(json.dumps(state)))
+    (group,) = now.param_groups
+    assert group["weight_decay"] == 0.5 and tuple(group["betas"]) == (0.5, 0.6)
+
+
 def test_a_state_of_codes_and_scales_resumes_bit_for_bit(
     tmp_path: Path, bitsandbytes: None
 ) -> None:
@@ -119,6 +130,12 @@ def test_the_bytes_of_the_true_8_bit_state_are_those_foretold() -> None:
             if isinstance(x, torch.Tensor) and not name.startswith("qmap")
         )
         assert held == AdamW8bit().state_bytes(parameter)
+
+
+def test_the_size_of_a_checkpoint_is_told_for_its_optimizer() -> None:
+    for optimizer, of_each in (("adamw", 4 + 8), ("adamw_8bit", 4 + 2 * (1 + 4 / 256))):
+        said = checkpoint_size(compose([f"optimizer={optimizer}"]), 10**9)
+        assert said.startswith(f"{of_each:.2f} GB each, up to 3 at once")
 
 
 def test_the_state_of_one_optimizer_is_refused_by_another(bitsandbytes: None) -> None:

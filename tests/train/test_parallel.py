@@ -101,6 +101,17 @@ def test_processes_that_share_each_clip_give_the_run_of_one(
     assert_same(lab.run(tmp_path), unbroken)
 
 
+def test_steps_that_are_not_finite_are_left_out_of_shards_in_bf16(
+    lab: Any, launcher: Any, tmp_path: Path
+) -> None:
+    settings = {"steps": 20, "optimizer__lr": 1e9, "max_skipped": 1}
+    launch = {**FSDP, "ACCELERATE_MIXED_PRECISION": "bf16"}
+    done = launcher.ranks(lab.student(tmp_path, **settings), launch=launch)
+    assert [one.code for one in done] == [2, 2], done[0].text + done[1].text
+    assert "Traceback" not in done[0].text and "left out in all processes" in done[0].text
+    assert "steps=2 of the last 100 left out" in done[0].errors[0]
+
+
 def test_a_sharded_run_goes_on_in_one_process_in_three_and_in_two(
     lab: Any, launcher: Any, tmp_path: Path
 ) -> None:

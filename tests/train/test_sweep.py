@@ -15,7 +15,8 @@ from gossamer.train import sweep as module
 from gossamer.train.config import compose, fingerprint, save_config
 from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import CONFIG
-from gossamer.train.sweep import Launch, launch_command, sweep
+from gossamer.train.sweep import launch_command, sweep
+from gossamer.train.sweep_plan import Launch
 
 JOB = """
 import os, sys
@@ -183,6 +184,19 @@ def test_the_fingerprint_of_parent_and_child_agree(
     child = [sys.executable, "-c", CHILD, *started[1]]
     found = subprocess.run(child, capture_output=True, text=True, check=True).stdout.strip()
     assert found == fingerprint(compose(started[1])) != fingerprint(compose(started[0]))
+
+
+def test_the_checkpoints_of_all_seeds_of_a_finished_job_go_if_they_are_not_to_be_kept(
+    started: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.Results, "add", lambda *_: None)
+    job = tmp_path / "default-sweep" / "seed=1"
+    folders = [job / "checkpoints", job / "repeats" / "seed-5" / "checkpoints"]
+    for folder in folders:
+        (folder / "step-2").mkdir(parents=True)
+    kept = [f"sweep.results={tmp_path}/found.jsonl", "sweep.keep_checkpoints=false"]
+    assert sweep([f"runs_dir='{tmp_path}'", "seed=choice(1)", *kept]) == 0
+    assert not any(folder.exists() for folder in folders)
 
 
 @pytest.mark.multi

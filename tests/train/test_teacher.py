@@ -20,6 +20,7 @@ from gossamer.train.lora import adapters_off
 from gossamer.train.losses import VelocityDistillation
 from gossamer.train.model import velocity
 from gossamer.train.noise import Uniform
+from gossamer.train.pipeline import euler_sample
 from gossamer.train.teach import write_cache
 from gossamer.train.teacher import Guided
 from gossamer.train.trackers import NoTracker
@@ -168,6 +169,16 @@ def test_a_guided_model_is_the_formula_of_its_two_velocities(make_job: Any) -> N
         other = velocity(dense, x, t, negative, condition).double()
     torch.testing.assert_close(found.double(), -2 * other + 3 * own, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(own, other, rtol=1e-3)  # the prompts do differ
+
+
+def test_a_guided_model_is_sampled_with_its_own_velocity(make_job: Any) -> None:
+    job = make_job(**GUIDED)
+    model = job.guided(job.dense())
+    noised = job.draws(0)(batch_of(job, [0, 4]))
+    rest = noised.text, noised.condition
+    with torch.no_grad():
+        expected = noised.x - velocity(model, noised.x, torch.ones(2), *rest)
+    torch.testing.assert_close(euler_sample(model, noised.x, *rest, steps=1), expected)
 
 
 def test_without_guidance_the_model_is_the_dense_one(make_job: Any) -> None:

@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 
 import gossamer
+from gossamer.train import loop
 from gossamer.train.refusal import Refusal
+from gossamer.train.stages import train_stage
 from gossamer.train.trackers import MetricsLog, NoTracker, Tensorboard, Tracker, Wandb
 
 KEY = "0123456789abcdef" * 3
@@ -183,6 +185,24 @@ def test_wandb_settings_that_do_not_exist_are_refused(wrong: dict[str, Any]) -> 
         Wandb(**wrong)
 
 
+def test_a_training_that_fails_ends_its_tracker_which_is_told_no_secret(
+    make_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(Tensorboard, "start", lambda _, folder, config: told.append(str(config)))
+    monkeypatch.setattr(Tensorboard, "finish", lambda _: told.append("the end"))
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise Refusal("steps", 11, "at most max_skipped=10", "lower optimizer.lr")
+
+    monkeypatch.setattr(loop, "train", fail)
+    job = make_job(tracker="tensorboard", data__cache="'https://me:planted@host/cache'")
+    with pytest.raises(Refusal, match="max_skipped"):
+        train_stage(job)
+    assert len(told) == 2 and told[1] == "the end"
+    assert "host/cache" in told[0] and "planted" not in told[0]
+
+
 def test_trackers_not_started_ignore_numbers() -> None:
     for tracker in (Tensorboard(), Wandb()):
         tracker.log(1, {"loss": 1.0})
@@ -219,10 +239,10 @@ def test_wandb_always_gets_its_mode_folder_and_the_same_run_id(
     fake = FakeRun()
     calls = fake_wandb(monkeypatch, fake)
     for _ in range(2):
-        run(Wandb(mode=mode, project="p", run_name="r"), tmp_path)
+        run(Wandb(mode=mode, project="p"), tmp_path)
     assert [call["mode"] for call in calls] == [mode, mode]
     assert calls[0]["dir"] == str(tmp_path)
-    assert (calls[0]["project"], calls[0]["name"], calls[0]["resume"]) == ("p", "r", "allow")
+    assert (calls[0]["project"], calls[0]["resume"]) == ("p", "allow")
     stored = (tmp_path / "wandb_id.txt").read_text()
     assert calls[0]["id"] == calls[1]["id"] == stored and len(stored) == 8
     assert [step for step, _ in fake.rows] == [1, 2, 3, 1, 2, 3]

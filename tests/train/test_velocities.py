@@ -16,6 +16,7 @@ from gossamer.train.files import sha256
 from gossamer.train.model import velocity
 from gossamer.train.noise import Uniform, add_noise, sample_noise
 from gossamer.train.refusal import Refusal
+from gossamer.train.run_lock import LOCK, RunLock
 from gossamer.train.teach import write_cache
 from gossamer.train.velocities import MANIFEST, VelocityCache, clips_of, name_of
 
@@ -84,7 +85,7 @@ def test_the_manifest_says_what_the_velocities_were_made_for(written: Path, cach
     assert (manifest["dtype"], manifest["precision"], manifest["clips"]) == ("bfloat16", "no", 10)
     assert manifest["files"] == {f.name: sha256(f) for f in written.glob("*.safetensors")}
     assert len(manifest["files"]) == 10
-    assert {p.name for p in written.iterdir()} == {MANIFEST, *manifest["files"]}
+    assert {p.name for p in written.iterdir()} == {MANIFEST, LOCK, *manifest["files"]}
 
 
 def test_files_cover_the_clips_once_and_keep_to_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +134,14 @@ def test_an_interrupted_cache_goes_on_with_the_files_it_has(
     write_cache(job, folder)
     assert {f: f.stat().st_mtime_ns for f in before} == before
     assert manifest_of(folder) == manifest_of(written)
+
+
+def test_a_cache_that_another_run_writes_is_refused(cached: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    with RunLock(folder), pytest.raises(Refusal, match=r"teacher\.path=.*no other run writes"):
+        write_cache(cached(), folder)
+    write_cache(cached(), folder)
+    cached().teacher()
 
 
 def test_files_begun_for_other_noise_do_not_stay(

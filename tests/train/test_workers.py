@@ -1,12 +1,15 @@
 """A pool of workers: every job once, dead workers replaced, nothing begun after the time."""
 
+import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gossamer.train import workers
+from gossamer.train import job, worker, workers
+from gossamer.train.refusal import DiskFailed, Refusal
 from gossamer.train.workers import Pool, Task
 
 SCRIPT = """
@@ -66,3 +69,22 @@ def test_leaving_the_pool_ends_its_workers(tmp_path: Path) -> None:
         for _ in pool.run(tasks(tmp_path, "a", "sleep 60", "sleep 60"), None):
             raise KeyError
     assert all(process.poll() is not None for process in pool._processes.values())
+
+
+def test_a_worker_is_no_rank_of_a_launcher_that_started_the_sweep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in launched:
+        monkeypatch.setenv(name, "1")
+    environment = workers._environment(0, 1, "bf16")
+    assert not environment.keys() & {*launched} and environment["PATH"] == os.environ["PATH"]
+
+
+def test_a_job_gives_the_exit_code_of_gossamer_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(cfg: Any, kept: Any) -> None:
+        raise DiskFailed("checkpoints", "there", "a disk that takes them", "free some space")
+
+    monkeypatch.setattr(job, "run", run)
+    assert worker.work([], {}) == DiskFailed.code == 3
+    assert worker.work(["sparsty=1"], {}) == Refusal.code == 2

@@ -3,16 +3,18 @@
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from gossamer.train.data.clips import evenly
 from gossamer.train.data.quarantine import BadData, Quarantine
 from gossamer.train.data.reader import OpenShard
 from gossamer.train.data.schedule import BatchSchedule, BucketSchedule, Schedule
@@ -96,12 +98,18 @@ class LatentDataset(Dataset):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
 
+    def of_run(self, quarantine: Path) -> Self:
+        """Return the split as another run has it: what is read is shared, its list is its own."""
+        other = copy(self)
+        other._open = self._open
+        other.quarantine = Quarantine(quarantine, self._store.folder, self.split, len(self))
+        return other
+
     def evenly(self, count: int) -> "SomeClips":
         """Return a split of only so many of the items, evenly spaced."""
         if len(self.buckets) > 1:
             raise Refusal("training_data.clips", count, "null for data of several sizes", "null it")
-        count = min(count, len(self))
-        return SomeClips(self, [int((i + 0.5) * len(self) / count) for i in range(count)])
+        return SomeClips(self, evenly(range(len(self)), count))
 
     def meta(self, index: int) -> dict:
         """The columns of a row that are not tensors."""
