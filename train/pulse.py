@@ -213,9 +213,7 @@ def meeting(seconds: float | None = None) -> Iterator[None]:
         host, port = where.split(":")
         try:
             wait = timedelta(seconds=limit)
-            store = dist.TCPStore(  # type: ignore[attr-defined]
-                host, int(port), timeout=wait, wait_for_workers=False
-            )
+            store = dist.TCPStore(host, int(port), timeout=wait, wait_for_workers=False)
             while not over.wait(BEAT):
                 store.check(["meeting"])
         except (dist.DistError, RuntimeError, ValueError):
