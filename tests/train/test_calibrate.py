@@ -405,9 +405,10 @@ def test_a_missing_calibration_is_never_made_where_an_earlier_one_was_named(
     assert not (tmp_path / "none").exists()
 
 
-def test_weights_are_told_apart(make_job: Any) -> None:
+@pytest.mark.parametrize("changed", ["proj_out.bias", "blocks.0.attn1.to_q.weight"])
+def test_weights_are_told_apart(changed: str, make_job: Any) -> None:
     first, second = make_job().dense(), make_job().student(0)
     assert weights_digest(first) == weights_digest(second)
     with torch.no_grad():
-        second.get_parameter("proj_out.bias")[0] += 1e-6
+        second.get_parameter(changed).view(-1)[0] += 1e-6
     assert weights_digest(first) != weights_digest(second)

@@ -129,7 +129,8 @@ def test_adapters_of_another_base_are_refused(
     save_file(tensors, file, metadata={"format": "pt"})
     shutil.copytree(run.folder, tmp_path / "student")
     settings = {**SETTINGS, "model__path": tmp_path / "other", "resume": "force", "steps": 9}
-    for stages in (["train"], ["export"]):
+    settings["calibration__path"] = None
+    for stages in (["calibrate", "train"], ["export"]):
         shutil.rmtree(tmp_path / "student" / "export", ignore_errors=True)
         done = launcher.run(lab.student(tmp_path, **{**settings, "stages": stages}))
         assert done.code == 2 and "adapters of the model's weights (SHA-256" in done.errors[0]
