@@ -208,15 +208,12 @@ def meeting(seconds: float | None = None) -> Iterator[None]:
         sys.stderr.flush()
         os._exit(2)
 
-    def watch() -> None:
+    def watch(store: Any) -> None:
         """End when the place to meet in, the first launcher or process, has ended."""
-        host, port = where.split(":")
         try:
-            wait = timedelta(seconds=limit)
-            store = dist.TCPStore(host, int(port), timeout=wait, wait_for_workers=False)
             while not over.wait(BEAT):
                 store.check(["meeting"])
-        except (dist.DistError, RuntimeError, ValueError):
+        except (dist.DistError, RuntimeError):
             if not over.wait(GRACE):
                 give_up(f"the launcher or process at {where} ended before all had met")
 
@@ -225,9 +222,13 @@ def meeting(seconds: float | None = None) -> Iterator[None]:
     timer.daemon = True
     if world > 1:
         timer.start()
-        if os.environ.get("RANK") != "0":
-            threading.Thread(target=watch, daemon=True).start()
     try:
+        if world > 1 and os.environ.get("RANK") != "0":
+            # Not in the thread: it reads environment variables, and what follows here sets some.
+            host, _, port = where.rpartition(":")
+            wait = timedelta(seconds=2 * limit)  # the timer ends first
+            store = dist.TCPStore(host, int(port), timeout=wait, wait_for_workers=False)
+            threading.Thread(target=watch, args=(store,), daemon=True).start()
         yield
     except RuntimeError as error:
         if world == 1 or not is_of_a_peer(error):

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,27 @@ def test_processes_that_cannot_reach_each_other_are_refused(
         raise RuntimeError("Gloo connectFullMesh failed with timed out connecting")
     with pytest.raises(RuntimeError, match="another"), pulse.meeting():
         raise RuntimeError("another")
+
+
+def test_the_meeting_opens_its_store_before_any_thread_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To open one reads environment variables, which accelerate sets: a thread would crash."""
+    openers: list[threading.Thread] = []
+
+    class Store:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            openers.append(threading.current_thread())
+
+        def check(self, keys: list[str]) -> bool:
+            return False
+
+    monkeypatch.setattr(pulse.dist, "TCPStore", Store)
+    here = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in here.items():
+        monkeypatch.setenv(name, value)
+    with pulse.meeting():
+        assert openers == [threading.current_thread()]
 
 
 @pytest.mark.case("R8")
