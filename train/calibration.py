@@ -1,6 +1,5 @@
 """What calibration found, on disk and put into a model."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.sparse.attach import attentions, mask_parameters
+from gossamer.sparse.attach import attentions
 from gossamer.train.files import write_atomic
 from gossamer.train.refusal import Refusal
 
@@ -105,15 +104,3 @@ def set_masks(
             attention.layout.set_choice(torch.tensor(layout_choice[index]))
         if skip_below is not None:
             attention.compensation.set_limit(skip_below[index])
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Return a short hash of about 4,096 entries of each weight, which tells models apart."""
-    digest = hashlib.sha256()
-    masks = set(mask_parameters(model).values())
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter not in masks:
-            entries = parameter.detach().flatten()[:: max(1, parameter.numel() // 4096)]
-            digest.update(name.encode())
-            digest.update(entries.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

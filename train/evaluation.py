@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gossamer.sparse.attach import hit_rates
 from gossamer.train import checkpoint
-from gossamer.train.calibration import CALIBRATION, weights_digest
+from gossamer.train.calibration import CALIBRATION
 from gossamer.train.config import data_dir, fingerprint
 from gossamer.train.data.shards import MANIFEST
 from gossamer.train.evaluate import (
@@ -119,7 +119,7 @@ class _Heldout:
         self.sampled = [alike[i] for i in evenly(len(alike), self.options.sample_clips)]
         self.dense = job.dense()
         self.teacher = job.guided(self.dense)
-        self.identity = fingerprint(job.cfg, FIXED), weights_digest(self.dense)
+        self.identity = fingerprint(job.cfg, FIXED), job.part_of_key(self.dense)
 
     def target(self) -> list[Tensor]:
         """Return the teacher's velocities, computed once in a process that keeps them."""

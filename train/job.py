@@ -21,7 +21,7 @@ from gossamer.sparse.allocation import ErrorBound, Fixed
 from gossamer.sparse.attach import attach, method_from_spec
 from gossamer.train import checkpoint, progress
 from gossamer.train.calibrate import Calibrator
-from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
+from gossamer.train.calibration import CALIBRATION, Calibration
 from gossamer.train.check import check_launch, preflight
 from gossamer.train.check_masks import is_sparse
 from gossamer.train.codec import Codec, load_codec
@@ -43,6 +43,7 @@ from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import CONFIG, PER_PROCESS, check_run_dir, flat
 from gossamer.train.run_lock import RunLock
 from gossamer.train.teacher import Guided, Teacher
+from gossamer.train.weights import digest
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,10 @@ class Job:
         if key not in self.kept:
             self.kept[key] = make()
         return self.kept[key]
+
+    def part_of_key(self, model: nn.Module) -> str:
+        """Return the digest of a model for a key of `once`, or "" where nothing is kept."""
+        return "" if self.kept is None else digest(model)
 
     @property
     def trains(self) -> bool:
@@ -218,7 +223,7 @@ class Job:
             attach(model, method_from_spec(self.method_spec))
             self.calibration.apply(model)
             if seed == self.cfg.seed:  # the weights of the teacher
-                weights = {"weights": weights_digest(model)}
+                weights = {"weights": digest(model)}
                 self._refuse_calibration(self.calibration.differs(weights))
         if self.cfg.gradient_checkpointing:
             model.enable_gradient_checkpointing()

@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Together:
-    """The processes of a checkpoint: the first `writers` of them have all of its tensors."""
+    """The processes of a run: the first `writers` of them have all tensors of a checkpoint."""
 
     rank: int = 0
     processes: int = 1

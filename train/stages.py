@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from omegaconf import OmegaConf
 
 from gossamer.train import loop
-from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
+from gossamer.train.calibration import CALIBRATION, Calibration
 from gossamer.train.check_data import check_splits
 from gossamer.train.compiling import compiling
 from gossamer.train.config import build, data_dir, data_url, encode_settings
@@ -27,6 +27,7 @@ from gossamer.train.run_lock import RunLock
 from gossamer.train.teach import write_cache
 from gossamer.train.teacher import Cached
 from gossamer.train.watch import watch_of
+from gossamer.train.weights import digest
 
 if TYPE_CHECKING:
     from gossamer.train.job import Job
@@ -86,7 +87,7 @@ def calibrate_stage(job: "Job") -> None:
     calibrator, allocation = job.own_calibrator(), build(job.cfg.allocation)
     with job.autocast(), said_once(job.accelerator):
         result = calibrator.run(allocation, **_asked(job))
-    made_for = {**job.masks_asked, "weights": weights_digest(calibrator.gauge.teacher)}
+    made_for = {**job.masks_asked, "weights": digest(calibrator.gauge.teacher)}
     on_main(partial(_keep, job, replace(result, made_for=made_for)), job.accelerator)
 
 

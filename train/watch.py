@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor, nn
 
-from gossamer.train.calibration import weights_digest
 from gossamer.train.config import fingerprint
 from gossamer.train.evaluate import evenly, noisy_samples, relative_errors, velocities
 from gossamer.train.measures import Sample
@@ -44,7 +43,7 @@ def watch_of(job: "Job") -> Watch | None:
     clips = [heldout[i] for i in evenly(len(heldout), options.every_clips)]
     samples = noisy_samples(clips, levels, options.batch_size, job.device)
     dense = job.dense()
-    key = "watched", fingerprint(job.cfg, FIXED), weights_digest(dense)
+    key = "watched", fingerprint(job.cfg, FIXED), job.part_of_key(dense)
     with job.autocast():
         target = job.once(key, lambda: velocities(job.guided(dense), samples, "teacher"))
     return Watch(options.every, samples, target, len(levels))

@@ -13,12 +13,13 @@ from gossamer.sparse.attach import attach, attentions, method_from_spec
 from gossamer.sparse.attention import DenseAttention
 from gossamer.train import gauge
 from gossamer.train.calibrate import BISECTIONS, Calibrator
-from gossamer.train.calibration import CALIBRATION, Calibration, weights_digest
+from gossamer.train.calibration import CALIBRATION, Calibration
 from gossamer.train.evaluate import measure_masks, noisy_samples, velocities
 from gossamer.train.gauge import Gauge
 from gossamer.train.job import run
 from gossamer.train.refusal import Refusal
 from gossamer.train.stages import REPORT
+from gossamer.train.weights import digest
 
 LEVELS = [0.7, 0.3]
 BLOCKS = 32  # a row of the tiny teacher
@@ -408,7 +409,7 @@ def test_a_missing_calibration_is_never_made_where_an_earlier_one_was_named(
 @pytest.mark.parametrize("changed", ["proj_out.bias", "blocks.0.attn1.to_q.weight"])
 def test_weights_are_told_apart(changed: str, make_job: Any) -> None:
     first, second = make_job().dense(), make_job().student(0)
-    assert weights_digest(first) == weights_digest(second)
+    assert digest(first) == digest(second)
     with torch.no_grad():
         second.get_parameter(changed).view(-1)[0] += 1e-6
-    assert weights_digest(first) != weights_digest(second)
+    assert digest(first) != digest(second)
