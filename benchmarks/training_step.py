@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.sparse.attach import attach, method_from_spec
-from gossamer.train.compiling import no_silent_fallback
+from gossamer.train.compiling import compiled, no_silent_fallback
 from gossamer.train.config import build, compose
 from gossamer.train.distiller import Distiller
 from gossamer.train.draws import Draws, Noised
@@ -31,7 +31,6 @@ from gossamer.train.files import write_atomic
 from gossamer.train.loop import TrainSettings, mean_density
 from gossamer.train.lora import add_adapters
 from gossamer.train.memory import GIB, estimate
-from gossamer.train.model import compile_blocks
 from gossamer.train.progress import Progress, parameter_groups
 from gossamer.train.refusal import Refusal
 from gossamer.train.study_output import environment, heading
@@ -146,8 +145,7 @@ class Step:
         if cfg.lora.rank:
             add_adapters(student, cfg.lora, 0)
         _cast(student, weights).to(device).train()
-        if cfg.compile:
-            compile_blocks(student, tuned=cfg.compile_tuned)
+        compiled(student, cfg)
         loss = build(cfg.loss)
         teacher = self._teacher(source, latent, clips, weights) if loss.needs_teacher else None
         self.distiller = Distiller(

@@ -4,7 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from omegaconf import DictConfig
+from torch import nn
+
 from gossamer.train.config import fingerprint
+from gossamer.train.model import compile_blocks
 from gossamer.train.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -15,14 +19,21 @@ if TYPE_CHECKING:
 MOST_VARIANTS = 64
 # What decides the variants; masks do not, since attention is outside of the compiled code.
 DECIDING = (
-    *("model", "data", "training_data", "codec", "text", "lora", "teacher", "guidance"),
-    *("batch_size", "grad_accumulation", "gradient_checkpointing", "evaluation"),
+    *("model", "data", "codec", "text", "lora", "teacher", "guidance"),
+    *("batch_size", "grad_accumulation", "gradient_checkpointing", "evaluation.batch_size"),
 )
+
+
+def compiled(model: nn.Module, cfg: DictConfig) -> nn.Module:
+    """Return the model, its blocks compiled where the config says so."""
+    if cfg.compile:
+        compile_blocks(model, tuned=cfg.compile_tuned)
+    return model
 
 
 @contextmanager
 def compiling(job: "Job") -> Iterator[None]:
-    """Let the blocks of a training compile; jobs of one process share code where it can fit.
+    """Let the blocks of a stage compile; jobs of one process share code where it can fit.
 
     Raises Refusal where a function would have more than MOST_VARIANTS variants.
     """

@@ -23,6 +23,7 @@ class Noised:
     condition: Tensor | None  # as x
     index: list[int]  # of each clip in its split
     draw: list[int]  # which of its clip's fixed draws; 0 where draws are endless
+    seeds: Sequence[tuple[int, ...]]  # of each sample: decides noise, level and prompt
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -74,6 +75,7 @@ class Draws:
             batch.get("condition"),
             batch["index"].tolist() if "index" in batch else [],
             draws,
+            seeds,
         )
 
 

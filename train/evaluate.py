@@ -224,23 +224,28 @@ def sample_latents(
     clips: list[Clip],
     *,
     name: str,
+    batch_size: int,
     steps: int,
     shift: float,
     device: torch.device,
     other_noise: bool = False,
 ) -> Tensor:
     """Return latents [B, C, f, h, w] sampled from each clip's own noise, or from another one."""
-    condition = _stack(clips, "condition")
     level = OTHER_NOISE if other_noise else -1
-    return euler_sample(
-        model,
-        torch.stack([_noise(c["latent"], c["index"], level) for c in clips]).to(device),
-        torch.stack([c["text"] for c in clips]).to(device),
-        None if condition is None else condition.to(device),
-        steps=steps,
-        shift=shift,
-        progress=f"sample {name}",
-    )
+    found = []
+    for batch in _batches(clips, batch_size):
+        condition = _stack(batch, "condition")
+        latents = euler_sample(
+            model,
+            torch.stack([_noise(c["latent"], c["index"], level) for c in batch]).to(device),
+            torch.stack([c["text"] for c in batch]).to(device),
+            None if condition is None else condition.to(device),
+            steps=steps,
+            shift=shift,
+            progress=f"sample {name}",
+        )
+        found.append(latents)
+    return torch.cat(found)
 
 
 def decode(latents: dict[str, Tensor], codec: Codec, device: torch.device) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gossamer.sparse.attach import hit_rates
 from gossamer.train import checkpoint
 from gossamer.train.calibration import CALIBRATION
+from gossamer.train.compiling import compiled, compiling
 from gossamer.train.config import data_dir, fingerprint
 from gossamer.train.data.shards import MANIFEST
 from gossamer.train.evaluate import (
@@ -52,6 +53,11 @@ def evaluate_stage(job: "Job") -> None:
 
     A run that does not train is measured at its start.
     """
+    with compiling(job):
+        _evaluate(job)
+
+
+def _evaluate(job: "Job") -> None:
     path = job.run_dir / EVALUATION
     start = time.monotonic()
     made_for = _made_for(job)
@@ -117,7 +123,7 @@ class _Heldout:
         self.samples = noisy_samples(clips, self.levels, self.options.batch_size, job.device)
         alike = [clip for clip in clips if clip["latent"].shape == clips[0]["latent"].shape]
         self.sampled = [alike[i] for i in evenly(len(alike), self.options.sample_clips)]
-        self.dense = job.dense()
+        self.dense = compiled(job.dense(), job.cfg)
         self.teacher = job.guided(self.dense)
         self.identity = fingerprint(job.cfg, FIXED), job.part_of_key(self.dense)
 
@@ -136,12 +142,17 @@ class _Heldout:
 
     def latents(self, name: str, model: nn.Module, *, other_noise: bool = False) -> Tensor:
         """Return the model's samples of the sampled clips; the teacher's are kept."""
-        options = {"steps": self.options.sample_steps, "shift": self.job.shift}
-        device = self.job.device
 
         def make() -> Tensor:
             return sample_latents(
-                model, self.sampled, name=name, device=device, other_noise=other_noise, **options
+                model,
+                self.sampled,
+                name=name,
+                batch_size=self.options.batch_size,
+                steps=self.options.sample_steps,
+                shift=self.job.shift,
+                device=self.job.device,
+                other_noise=other_noise,
             )
 
         is_teacher = model is self.teacher
@@ -179,8 +190,8 @@ class _Heldout:
 
 def _sparse(heldout: _Heldout) -> dict[str, Any]:
     job = heldout.job
-    before = job.student(job.cfg.seed).requires_grad_(False).eval()
-    after = {seed: job.trained(seed) for seed in job.seeds} if job.trains else {}
+    before = compiled(job.student(job.cfg.seed).requires_grad_(False).eval(), job.cfg)
+    after = {s: compiled(job.trained(s), job.cfg) for s in job.seeds} if job.trains else {}
     own = after.get(job.cfg.seed, before)
     if heldout.options.match_density:
         for model in (before, *after.values()):
@@ -241,7 +252,7 @@ def _dense(heldout: _Heldout) -> dict[str, Any]:
     job, levels = heldout.job, heldout.levels
     is_tuned = job.trains and job.is_pretrained
     own = "after" if is_tuned else "teacher"
-    model = job.trained(job.cfg.seed) if job.trains else heldout.teacher
+    model = compiled(job.trained(job.cfg.seed), job.cfg) if job.trains else heldout.teacher
     train = job.dataset("train")
     seen = [train[i] for i in evenly(len(train), len(heldout.clips))]
     of_train = noisy_samples(seen, levels, heldout.options.batch_size, job.device)

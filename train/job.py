@@ -40,9 +40,10 @@ from gossamer.train.parallel import Parallel
 from gossamer.train.processes import Together, accepted, check_alike, on_main, said_once
 from gossamer.train.pulse import Pulse, meeting
 from gossamer.train.refusal import Refusal
+from gossamer.train.remembered import Remembered
 from gossamer.train.run_dir import CONFIG, PER_PROCESS, check_run_dir, flat
 from gossamer.train.run_lock import RunLock
-from gossamer.train.teacher import Guided, Teacher
+from gossamer.train.teacher import Cached, Guided, Teacher
 from gossamer.train.weights import digest
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ MEASURED = (
 )
 ASKED = ("sparsity", "error_budget", "allocation")  # of a calibration
 Kept = dict[tuple[str, ...], Any]
+VELOCITIES = ("velocities",)  # in Kept: the folder in which jobs leave each other the teacher's
 
 
 class Job:
@@ -207,6 +209,9 @@ class Job:
     def teacher(self) -> Teacher:
         """Return the started teacher, held as the config says; all processes call it."""
         teacher: Teacher = build(self.cfg.teacher)
+        folder = None if self.kept is None else self.kept.get(VELOCITIES)
+        if folder is not None and not isinstance(teacher, Cached):
+            teacher = Remembered(teacher, folder)
         teacher.start(self)
         return teacher
 

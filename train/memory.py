@@ -302,6 +302,7 @@ def _noised(
         condition=torch.empty_like(x) if has_condition else None,
         index=[0] * clips,
         draw=[0] * clips,
+        seeds=[()] * clips,
     )
 
 

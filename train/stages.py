@@ -12,13 +12,12 @@ from omegaconf import OmegaConf
 from gossamer.train import loop
 from gossamer.train.calibration import CALIBRATION, Calibration
 from gossamer.train.check_data import check_splits
-from gossamer.train.compiling import compiling
+from gossamer.train.compiling import compiled, compiling
 from gossamer.train.config import build, data_dir, data_url, encode_settings
 from gossamer.train.data.encode import encode
 from gossamer.train.data.shards import Manifest
 from gossamer.train.distiller import Distiller
 from gossamer.train.files import is_seen, write_atomic
-from gossamer.train.model import compile_blocks
 from gossamer.train.negative import store_negative
 from gossamer.train.processes import accepted, agreed, check_same, on_main, said_once
 from gossamer.train.redact import redact
@@ -185,9 +184,7 @@ def _train_seeds(job: "Job") -> None:
             **{name: job.cfg[name] for name in names},
         )
         folder = job.seed_dir(seed)
-        student = job.student_on_cpu(seed)
-        if job.cfg.compile:
-            compile_blocks(student, tuned=job.cfg.compile_tuned)
+        student = compiled(job.student_on_cpu(seed), job.cfg)
         tracker = build(job.cfg.tracker if seed == job.cfg.seed else {"_target_": NO_TRACKER})
         if job.accelerator.is_main_process:
             tracker.start(folder, redact(OmegaConf.to_container(job.cfg, resolve=True)))

@@ -31,6 +31,7 @@ class Launch:
     workers: int = 0  # processes that each do many jobs, one to a GPU; 0: a launch for each job
     time_limit: float | None = None  # seconds, after which jobs in hand stop and save; with workers
     results: str | None = None  # a .jsonl file that keeps what each job found
+    velocities: str | None = None  # a folder in which workers share the teacher's
     keep_checkpoints: bool = True  # false: delete those of a job whose results are kept
 
 
@@ -70,6 +71,7 @@ def _launch(settings: dict[str, Any]) -> Launch:
         "workers": ("a whole number of at least 0", lambda x: _is_count(x, 0)),
         "time_limit": ("seconds above 0", lambda x: isinstance(x, int | float) and x > 0),
         "results": ("a path that ends in .jsonl", lambda x: str(x).endswith(".jsonl")),
+        "velocities": ("a path", lambda x: isinstance(x, str)),
         "keep_checkpoints": ("true or false", lambda x: isinstance(x, bool)),
     }
     for name, value in settings.items():
@@ -84,6 +86,8 @@ def _launch(settings: dict[str, Any]) -> Launch:
         raise Refusal("sweep.workers", launch.workers, "0 with num_processes above 1", "give one")
     if launch.time_limit and not launch.workers:
         raise Refusal("sweep.time_limit", launch.time_limit, "nothing without workers", "workers=1")
+    if launch.velocities and not launch.workers:
+        raise Refusal("sweep.velocities", launch.velocities, "none without workers", "workers=1")
     if not launch.keep_checkpoints and not launch.results:
         raise Refusal("sweep.keep_checkpoints", False, "true without results", "give results")
     return launch

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 
 from gossamer.sparse.attach import attending_densely
+from gossamer.train.compiling import compiled
 from gossamer.train.draws import Noised
 from gossamer.train.lora import adapters_off
-from gossamer.train.model import compile_blocks, velocity
+from gossamer.train.model import velocity
 from gossamer.train.processes import accepted, on_main
 from gossamer.train.velocities import VelocityCache, cache_dir
 
@@ -36,9 +37,7 @@ class Frozen:
     model: nn.Module
 
     def start(self, job: "Job") -> None:
-        model = job.dense_on_cpu()
-        if job.cfg.compile:
-            compile_blocks(model, tuned=job.cfg.compile_tuned)
+        model = compiled(job.dense_on_cpu(), job.cfg)
         self.model = job.guided(job.parallel.place(model))
 
     def velocity(self, student: nn.Module, noised: Noised) -> Tensor:

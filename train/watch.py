@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor, nn
 
+from gossamer.train.compiling import compiled
 from gossamer.train.config import fingerprint
 from gossamer.train.evaluate import evenly, noisy_samples, relative_errors, velocities
 from gossamer.train.measures import Sample
@@ -42,7 +43,7 @@ def watch_of(job: "Job") -> Watch | None:
     heldout, levels = job.dataset("heldout"), list(options.noise_levels)
     clips = [heldout[i] for i in evenly(len(heldout), options.every_clips)]
     samples = noisy_samples(clips, levels, options.batch_size, job.device)
-    dense = job.dense()
+    dense = compiled(job.dense(), job.cfg)
     key = "watched", fingerprint(job.cfg, FIXED), job.part_of_key(dense)
     with job.autocast():
         target = job.once(key, lambda: velocities(job.guided(dense), samples, "teacher"))

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from gossamer.train.cli import TERMINATED, set_up_logging
@@ -18,14 +19,17 @@ from gossamer.train.interrupt import Terminated, terminable
 from gossamer.train.refusal import Refusal
 
 
-def serve(requests: IO[str], answers: IO[str]) -> None:
-    """Do the jobs that arrive on `requests` until it ends."""
+def serve(requests: IO[str], answers: IO[str], velocities: Path | None = None) -> None:
+    """Do the jobs that arrive on `requests` until it ends.
+
+    `velocities` is the folder in which they share those of their teachers (train/remembered.py).
+    """
     from gossamer.sparse.attach import families
     from gossamer.train import evaluation, job, stages  # noqa: F401  (the slow imports, once)
 
     families()
 
-    kept: dict[tuple[str, ...], Any] = {}
+    kept: dict[tuple[str, ...], Any] = {job.VELOCITIES: velocities}
     for line in requests:
         request = json.loads(line)
         log = os.open(request["log"], os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
@@ -71,4 +75,4 @@ def work(overrides: Sequence[str], kept: dict[tuple[str, ...], Any]) -> int:
 if __name__ == "__main__":
     set_up_logging()
     with os.fdopen(os.dup(1), "w") as answers:
-        serve(sys.stdin, answers)
+        serve(sys.stdin, answers, *map(Path, sys.argv[1:]))

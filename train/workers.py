@@ -44,7 +44,8 @@ class Done:
 class Pool:
     """Processes that each do one job after the other; a dead one is replaced."""
 
-    def __init__(self, count: int, mixed_precision: str) -> None:
+    def __init__(self, count: int, mixed_precision: str, velocities: str | None = None) -> None:
+        self._command = COMMAND if velocities is None else [*COMMAND, velocities]
         self._environments = [_environment(i, count, mixed_precision) for i in range(count)]
         self._processes: dict[int, subprocess.Popen[str]] = {}
         self._lock = threading.Lock()
@@ -108,7 +109,7 @@ class Pool:
 
     def _start(self, place: int) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            COMMAND,
+            self._command,
             env=self._environments[place],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

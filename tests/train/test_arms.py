@@ -73,6 +73,7 @@ def test_unknown_arms_and_recipes_without_arms_are_refused(recipe: Path) -> None
     [
         (["sweep.workers=-1"], "at least 0"),
         (["sweep.workers=2", "sweep.num_processes=2"], "0 with num_processes above 1"),
+        (["sweep.velocities=here"], "none without workers"),
         (["sweep.time_limit=5"], "nothing without workers"),
         (["sweep.results=found.json"], "ends in .jsonl"),
         (["sweep.keep_checkpoints=false"], "give results"),
@@ -108,7 +109,7 @@ def test_a_study_runs_in_a_worker_and_a_second_call_has_nothing_to_do(
     overrides = [
         f"recipe={recipe}", *lab.overrides(tmp_path / "runs", settings), "sweep.arms=all",
         "sweep.workers=1", f"sweep.results={results}", "sweep.keep_checkpoints=false", "seed=0",
-        "sweep.time_limit=300",
+        "sweep.time_limit=300", f"sweep.velocities={tmp_path / 'velocities'}",
     ]  # fmt: skip
     assert sweep(overrides) == 0
     rows = {row["overrides"]["arm"]: row for row in map(json.loads, results.open())}
@@ -130,6 +131,7 @@ def test_a_study_runs_in_a_worker_and_a_second_call_has_nothing_to_do(
     shared = [job for job, log in logs.items() if "calibration taken from" in log]
     assert shared == ["arm=start"] and len(list((sweep_dir / "calibrations").iterdir())) == 2
     assert not list(sweep_dir.glob("*/checkpoints")) and (sweep_dir / "report").is_dir()
+    assert len(list((tmp_path / "velocities").glob("*/*.safetensors"))) == 2, "one for each step"
     stamp = results.read_bytes()
     assert sweep(overrides) == 0
     assert results.read_bytes() == stamp

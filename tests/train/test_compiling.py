@@ -5,6 +5,7 @@ import json
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import nn
 from gossamer.train import model as models
 from gossamer.train.check import preflight
 from gossamer.train.compiling import compiling, no_silent_fallback
+from gossamer.train.evaluation import EVALUATION, evaluate_stage
 from gossamer.train.model import blocks_of, velocity
 from gossamer.train.refusal import Refusal
 from gossamer.train.stages import train_stage
@@ -92,6 +94,28 @@ def test_a_second_seed_and_a_second_method_compile_nothing_new(make_job: Any) ->
     assert variants() == once
     eager = trained(make_job, "eager", **watched, **others)
     np.testing.assert_allclose(both, eager, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seeds", [[], pytest.param([1], marks=pytest.mark.full)])
+def test_a_compiled_evaluation_finds_what_an_eager_one_does(
+    seeds: list[int], make_job: Any
+) -> None:
+    settings = {**SHORT, "name": "run", "steps": 1, "repeat_seeds": seeds}
+    found = []
+    for is_compiled in (False, True):
+        job = make_job(compile=is_compiled, **settings)
+        train_stage(job)  # the second time there is nothing to do
+        path = job.run_dir / EVALUATION
+        path.unlink(missing_ok=True)
+        evaluate_stage(job)
+        assert bool(variants()) is is_compiled
+        found.append(json.loads(path.read_text()))
+    for key, part in product(("velocity_error", "heldout_loss", "recall"), ("before", "after")):
+        eager, compiled = (one[key][part] for one in found)
+        if isinstance(eager, dict):  # of each seed
+            eager, compiled = list(eager.values()), list(compiled.values())
+        np.testing.assert_allclose(compiled, eager, rtol=1e-4)
+    assert max(variants().values()) <= 4
 
 
 @pytest.mark.full

@@ -111,7 +111,7 @@ def test_samples_are_compared_with_the_teacher_by_their_pixels(
     job = make_job()
     dataset = job.dataset("heldout")
     models = {"teacher": job.dense(), "before": job.student(0).requires_grad_(False).eval()}
-    options = {"steps": 2, "shift": 1.0, "device": job.device}
+    options = {"batch_size": 1, "steps": 2, "shift": 1.0, "device": job.device}
     clips = [dataset[0], dataset[5]]
     latents = {n: sample_latents(m, clips, name=n, **options) for n, m in models.items()}
     latents["real"] = torch.stack([clip["latent"] for clip in clips])

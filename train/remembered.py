@@ -1,0 +1,62 @@
+"""A teacher whose velocities the jobs of a sweep leave each other: same samples, one forward."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from gossamer.train.config import fingerprint
+from gossamer.train.draws import Noised
+from gossamer.train.files import write_atomic
+from gossamer.train.teacher import Teacher
+
+if TYPE_CHECKING:
+    from gossamer.train.job import Job
+
+log = logging.getLogger(__name__)
+
+# What decides a velocity, beside the sample's clip and seed and the teacher's weights.
+DECIDING = (
+    *("data", "training_data", "codec", "text", "noise", "noise_draws", "guidance"),
+    *("compile", "compile_tuned"),
+)
+NAME = "velocity"
+
+
+class Remembered:
+    """Asks the teacher once for each batch, whichever job asks, and keeps its answer in a folder.
+
+    One file of fp32 for each batch, named by its samples, so that a job learns the same as alone.
+    A disk that takes no more ends the keeping, not the training.
+    """
+
+    def __init__(self, teacher: Teacher, folder: Path) -> None:
+        self.teacher, self.folder = teacher, folder
+        self.is_full = False
+
+    def start(self, job: "Job") -> None:
+        """Start the teacher, and find the folder of what decides its velocities."""
+        self.teacher.start(job)
+        weights, precision = job.part_of_key(job.dense_on_cpu()), job.accelerator.mixed_precision
+        key = json.dumps([fingerprint(job.cfg, DECIDING), weights, precision, job.device.type])
+        self.folder = self.folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def velocity(self, student: nn.Module, noised: Noised) -> Tensor:
+        """Return the velocity [B, C, f, h, w], fp32, of a job before or of the teacher."""
+        name = hashlib.sha256(json.dumps([noised.index, noised.seeds]).encode()).hexdigest()[:32]
+        file = self.folder / f"{name}.safetensors"
+        if file.is_file():
+            return load_file(file, device=str(noised.x.device))[NAME]
+        velocity = self.teacher.velocity(student, noised)
+        if not self.is_full:
+            try:
+                write_atomic(file, save({NAME: velocity.cpu().contiguous()}))
+            except OSError as error:
+                self.is_full = True
+                log.warning("no more velocities are kept in %s: %s", self.folder, error)
+        return velocity
