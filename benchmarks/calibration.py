@@ -21,6 +21,7 @@ from gossamer.train.config import build
 from gossamer.train.gauge import Gauge
 from gossamer.train.measures import Sample
 from gossamer.train.memory import GIB, estimate_calibration
+from gossamer.train.refusal import in_one_line
 
 TEXT = (512, 4096)
 SETTINGS = [
@@ -64,6 +65,7 @@ def calibrator(
     )
 
 
+@in_one_line
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="1.3b")

@@ -32,6 +32,7 @@ from gossamer.sparse.layouts.clusters import Clusters, Codebook, SemanticCluster
 from gossamer.sparse.layouts.head_pattern import HeadPattern as HeadPatternLayout
 from gossamer.sparse.mask import BlockMask
 from gossamer.sparse.policies import Hybrid
+from gossamer.train.refusal import in_one_line
 from gossamer.train.study_output import draw_bars, environment, heading
 
 PARTS = ("layout", "permute", "mask", "attention")
@@ -48,6 +49,7 @@ METHODS: dict[str, tuple[Layout, MaskEstimator, type[Hybrid], Drop | Centroid]] 
 }
 
 
+@in_one_line
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(GRIDS), default="A")

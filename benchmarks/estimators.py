@@ -43,6 +43,7 @@ from gossamer.sparse.layouts.head_pattern import HeadPattern
 from gossamer.sparse.mask import BlockMask, BlockScores
 from gossamer.sparse.policies import Hybrid
 from gossamer.train.files import write_atomic
+from gossamer.train.refusal import in_one_line
 from gossamer.train.study_output import environment
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -223,6 +224,7 @@ def rounds(problems: list[Problem]) -> dict[str, float]:
     return found
 
 
+@in_one_line
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="synthetic,captured")

@@ -22,6 +22,7 @@ from gossamer.benchmarks.training_step import (
 )
 from gossamer.train.files import write_atomic
 from gossamer.train.memory import GIB, Memory, Split, estimate
+from gossamer.train.refusal import in_one_line
 from gossamer.train.study_output import environment, heading
 
 TEXT = (512, 4096)
@@ -110,6 +111,7 @@ def _line(row: Row) -> str:
     return f"| {row.variant} | {row.peak / GIB:.1f} | {row.estimated / GIB:.1f} | {off} |"
 
 
+@in_one_line
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", action="store_true", help="take steps on this GPU")

@@ -48,6 +48,7 @@ from gossamer.train.noise import Uniform
 from gossamer.train.optimizers import AdamW
 from gossamer.train.parallel import Parallel
 from gossamer.train.pulse import Pulse
+from gossamer.train.refusal import in_one_line
 from gossamer.train.study_output import environment, heading
 from gossamer.train.teacher import Frozen
 
@@ -128,6 +129,7 @@ class Mode:
         raise ValueError(f"modes={self.name}: allowed is {known}; e.g. modes=single,ddp,ulysses-2")
 
 
+@in_one_line
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=2, help="GPUs")

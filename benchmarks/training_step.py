@@ -32,7 +32,7 @@ from gossamer.train.loop import TrainSettings, mean_density
 from gossamer.train.lora import add_adapters
 from gossamer.train.memory import GIB, estimate
 from gossamer.train.progress import Progress, parameter_groups
-from gossamer.train.refusal import Refusal
+from gossamer.train.refusal import Refusal, in_one_line
 from gossamer.train.study_output import environment, heading
 from gossamer.train.teacher import Cached, Frozen, Offloaded, Shared
 
@@ -342,6 +342,7 @@ def check_only(parser: argparse.ArgumentParser, parts: Iterable[str], names: Ite
             parser.error(f"only={part}: allowed is a part of {', '.join(names)}; correct it")
 
 
+@in_one_line
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="1.3b")

@@ -31,6 +31,7 @@ from gossamer.train.gauge import Gauge
 from gossamer.train.job import Job, make_accelerator
 from gossamer.train.measures import Sample
 from gossamer.train.model import velocity
+from gossamer.train.refusal import in_one_line
 from gossamer.train.stages import encode_stage
 from gossamer.train.study_output import Line, add_output, environment, leave
 
@@ -49,6 +50,7 @@ TITLE, ERROR = "Velocity error of the untrained sparse model", "relative velocit
 PER_LEVEL = "velocity_per_level"
 
 
+@in_one_line
 def main(arguments: list[str]) -> int:
     """Print a Markdown table, mean and range over repeats, and leave it with a plot at --out."""
     parser = argparse.ArgumentParser(prog="python -m gossamer.train.allocation_study")

@@ -29,12 +29,14 @@ from gossamer.train.evaluate import evenly
 from gossamer.train.job import Job, make_accelerator
 from gossamer.train.model import velocity
 from gossamer.train.noise import shift_levels
+from gossamer.train.refusal import in_one_line
 from gossamer.train.stages import encode_stage
 from gossamer.train.study_output import Line, add_output, environment, leave
 
 State = tuple[Tensor, Tensor, Tensor]  # x, t and the dense velocity of a step
 
 
+@in_one_line
 def main(arguments: list[str]) -> int:
     """Print a Markdown table, clusterings and errors by rule; leave it with a plot at --out."""
     parser = argparse.ArgumentParser(prog="python -m gossamer.train.recluster_study")

@@ -1,5 +1,8 @@
 """The exceptions for what a user can mend: the command line turns each into one line and a code."""
 
+import sys
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from gossamer.train.redact import redact
@@ -36,6 +39,20 @@ class OutOfMemory(Refusal):
     """A device whose memory does not hold the run."""
 
     code = 4
+
+
+def in_one_line(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """Let a program's main say a refusal on stderr and return its code."""
+
+    @wraps(main)
+    def run(arguments: list[str]) -> int:
+        try:
+            return main(arguments)
+        except Refusal as refusal:
+            sys.stderr.write(f"error: {refusal}\n")
+            return refusal.code
+
+    return run
 
 
 def _restored(kind: type[Refusal], message: str, field: str) -> Refusal:

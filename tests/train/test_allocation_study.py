@@ -58,3 +58,9 @@ def test_the_lines_of_the_plot_are_means_and_ranges() -> None:
     assert line.x == [0.8, 0.9] and line.y == pytest.approx([0.2, 0.5])
     assert line.spread[0] == pytest.approx([0.1, 0.5])
     assert line.spread[1] == pytest.approx([0.3, 0.5])
+
+
+def test_bad_input_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe=demo", "data.frames=-1"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("error: data.frames=-1: allowed is")

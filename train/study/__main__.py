@@ -9,10 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from gossamer.train.refusal import Refusal
+from gossamer.train.refusal import in_one_line
 from gossamer.train.study.record import Results
 
 
+@in_one_line
 def main(arguments: list[str]) -> int:
     """Write the page and return 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m gossamer.train.study")
@@ -34,28 +35,24 @@ def main(arguments: list[str]) -> int:
     mass.add_argument("overrides", nargs="*")
     mass.add_argument("--clips", type=int, default=8)
     options = parser.parse_args(arguments)
-    try:
-        if options.command == "mass":
-            sys.stdout.write(f"{_write_mass(options)}\n")
-            return 0
-        if options.command == "film":
-            from gossamer.train.study.procedural import write_film
+    if options.command == "mass":
+        sys.stdout.write(f"{_write_mass(options)}\n")
+        return 0
+    if options.command == "film":
+        from gossamer.train.study.procedural import write_film
 
-            sys.stdout.write(f"{write_film(options.page, shots=options.shots)}\n")
-            return 0
-        lines = Results(options.results).required()
-        if options.command == "numbers":
-            from gossamer.train.study.numbers import write_numbers
+        sys.stdout.write(f"{write_film(options.page, shots=options.shots)}\n")
+        return 0
+    lines = Results(options.results).required()
+    if options.command == "numbers":
+        from gossamer.train.study.numbers import write_numbers
 
-            written = write_numbers(lines, options.page, source=str(options.results))
-        else:
-            from gossamer.train.study.page import write_page
+        written = write_numbers(lines, options.page, source=str(options.results))
+    else:
+        from gossamer.train.study.page import write_page
 
-            chosen = {"arms": options.arms, "clips": options.clips}
-            written = write_page(lines, options.runs, options.page, **chosen)
-    except Refusal as refusal:
-        sys.stderr.write(f"error: {refusal}\n")
-        return 2
+        chosen = {"arms": options.arms, "clips": options.clips}
+        written = write_page(lines, options.runs, options.page, **chosen)
     sys.stdout.write(f"{written}\n")
     return 0
 
