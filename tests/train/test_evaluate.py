@@ -1,7 +1,9 @@
 """Evaluation: errors, masks and samples measured against independent formulas."""
 
+import gc
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 from gossamer.sparse.attach import attentions
 from gossamer.sparse.layouts.clusters import SemanticClusters
+from gossamer.train import heldout
 from gossamer.train.evaluate import (
     decode,
     evenly,
@@ -23,8 +26,10 @@ from gossamer.train.evaluate import (
     sample_latents,
     velocities,
 )
+from gossamer.train.evaluation import evaluate_stage
 from gossamer.train.job import run
 from gossamer.train.measures import Sample
+from gossamer.train.stages import train_stage
 
 LEVELS = [0.7, 0.3]
 LABELS = ("q_labels", "k_labels")
@@ -242,3 +247,23 @@ def test_a_dense_run_reports_the_flow_matching_loss(
 def test_chosen_clips_are_spread_evenly() -> None:
     assert evenly(10, 4) == [1, 3, 6, 8]
     assert evenly(3, 8) == [0, 1, 2] and evenly(5, 1) == [2] and evenly(5, 0) == []
+
+
+def test_an_evaluation_holds_one_model_at_a_time(
+    make_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[torch.nn.Module]] = []
+    others: list[int] = []
+
+    def loaded(model: torch.nn.Module, cfg: Any) -> torch.nn.Module:
+        others.append(sum(one() is not None for one in held))
+        held.append(weakref.ref(model))
+        return model
+
+    job = make_job(steps=1, repeat_seeds=[1])
+    train_stage(job)
+    monkeypatch.setattr(heldout, "compiled", loaded)
+    evaluate_stage(job)
+    assert others == [0] * 4, "teacher, before, after, the other seed"
+    gc.collect()
+    assert all(one() is None for one in held)

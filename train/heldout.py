@@ -1,0 +1,169 @@
+"""The models of an evaluation on held-out clips: one in memory at a time, what it does is kept."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.sparse.attach import hit_rates
+from gossamer.train.compiling import compiled
+from gossamer.train.config import fingerprint
+from gossamer.train.evaluate import (
+    Clip,
+    MaskReport,
+    attention_seconds,
+    decode,
+    evenly,
+    flow_losses,
+    forward_seconds,
+    judge,
+    keep_videos,
+    measure_masks,
+    noisy_samples,
+    other_backends,
+    relative_errors,
+    sample_latents,
+    velocities,
+)
+from gossamer.train.match_density import match_density
+
+if TYPE_CHECKING:
+    from gossamer.train.job import Job
+
+# What decides what the teacher makes of the clips, beside its weights.
+DECIDING = (
+    *("model", "data", "codec", "text", "noise", "guidance", "compile", "compile_tuned"),
+    *("evaluation.clips", "evaluation.noise_levels", "evaluation.batch_size"),
+    *("evaluation.sample_clips", "evaluation.sample_steps"),
+)
+SAMPLES = "samples"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one model does on the held-out clips; the model itself is gone."""
+
+    velocities: list[Tensor]
+    latents: Tensor | None  # of the sampled clips; None without any
+    seconds: dict[str, float]  # of a forward, and of all its attention layers
+    backends: dict[str, Any] = field(default_factory=dict)  # errors to itself with other ones
+    other_noise: Tensor | None = None  # its samples from another noise
+    masks: MaskReport | None = None
+    hit_rate: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Heldout:
+    """The clips of an evaluation, and the models that meet them: one in memory at a time."""
+
+    def __init__(self, job: "Job", clips: list[Clip]) -> None:
+        self.job, self.clips, self.options = job, clips, job.cfg.evaluation
+        self.levels = list(self.options.noise_levels)
+        self.samples = noisy_samples(clips, self.levels, self.options.batch_size, job.device)
+        alike = [clip for clip in clips if clip["latent"].shape == clips[0]["latent"].shape]
+        self.sampled = [alike[i] for i in evenly(len(alike), self.options.sample_clips)]
+
+    def teacher(self) -> Found:
+        """Return what the teacher makes of the clips; a process that keeps things asks once."""
+        job = self.job
+        dense = self._loaded(job.dense)
+        model = job.guided(dense)
+        identity = fingerprint(job.cfg, DECIDING), job.part_of_key(dense)
+        target = job.once(
+            ("velocities", *identity), lambda: velocities(model, self.samples, "teacher")
+        )
+        latents = job.once(("teacher", *identity), lambda: self._sample("teacher", model))
+        return Found(target, latents, self._seconds(dense), *self._floor(model, target))
+
+    def dense(self, name: str, make: Callable[[], nn.Module]) -> Found:
+        """Return what a trained dense model makes of the clips."""
+        model = self._loaded(make)
+        found = velocities(model, self.samples, "heldout")
+        latents = self._sample(name, model)
+        return Found(found, latents, self._seconds(model), *self._floor(model, found))
+
+    def sparse(self, name: str, make: Callable[[], nn.Module]) -> Found:
+        """Return what a sparse model makes of the clips, and its masks."""
+        model = self._matched(make)
+        masks = measure_masks(model, self.samples)
+        latents = self._sample(name, model)
+        stayed, seconds = hit_rates(model), self._seconds(model)
+        return Found(masks.velocities, latents, seconds, masks=masks, hit_rate=stayed)
+
+    def repeated(self, seed: int, make: Callable[[], nn.Module]) -> list[Tensor]:
+        """Return the velocities of the sparse model of another seed."""
+        return velocities(self._matched(make), self.samples, f"after, seed {seed}")
+
+    def train_losses(self, make: Callable[[], nn.Module]) -> list[list[float]]:
+        """Return the losses of a dense model on as many training clips."""
+        job, dataset = self.job, self.job.dataset("train")
+        seen = [dataset[i] for i in evenly(len(dataset), len(self.clips))]
+        samples = noisy_samples(seen, self.levels, self.options.batch_size, job.device)
+        dense = self._loaded(make)
+        found = velocities(dense if job.trains else job.guided(dense), samples, "train")
+        return flow_losses(found, samples, len(self.levels))
+
+    def errors(self, found: list[Tensor], target: list[Tensor]) -> list[list[float]]:
+        return relative_errors(found, target, self.samples, len(self.levels))
+
+    def losses(self, found: list[Tensor]) -> list[list[float]]:
+        return flow_losses(found, self.samples, len(self.levels))
+
+    def compared(self, latents: dict[str, Tensor | None]) -> dict[str, Any]:
+        """Return how like each other, the teacher's and the real clips are; keep some videos."""
+        if not self.sampled:
+            return {"quality": {}, "files": []}
+        known = {"real": torch.stack([c["latent"] for c in self.sampled])}
+        if "condition" in self.sampled[0]:
+            known["repeat"] = torch.stack([c["condition"] for c in self.sampled])
+        given = {name: x for name, x in latents.items() if x is not None}
+        videos = decode(known | given, self.job.codec, self.job.device)
+        folder = self.job.run_dir / "evaluation" / SAMPLES
+        kept = keep_videos(videos, folder, self.options.kept_videos)
+        videos["first"] = videos["real"][:, :1].expand_as(videos["real"])
+        return {
+            "quality": judge(videos, list(self.options.extra)),
+            "files": [f"{SAMPLES}/{file.name}" for file in kept],
+        }
+
+    def _loaded(self, make: Callable[[], nn.Module]) -> nn.Module:
+        gc.collect()  # the model before: its hooks are cycles
+        if self.job.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return compiled(make().requires_grad_(False).eval(), self.job.cfg)
+
+    def _matched(self, make: Callable[[], nn.Module]) -> nn.Module:
+        model = self._loaded(make)
+        if self.options.match_density:
+            match_density(model, self.samples, 1 - self.job.cfg.sparsity)
+        return model
+
+    def _sample(self, name: str, model: nn.Module, *, other_noise: bool = False) -> Tensor | None:
+        if not self.sampled:
+            return None
+        return sample_latents(
+            model,
+            self.sampled,
+            name=name,
+            batch_size=self.options.batch_size,
+            steps=self.options.sample_steps,
+            shift=self.job.shift,
+            device=self.job.device,
+            other_noise=other_noise,
+        )
+
+    def _floor(
+        self, model: nn.Module, target: list[Tensor]
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        if self.job.is_sparse or not self.options.floor:
+            return {}, None
+        with torch.compiler.set_stance("force_eager"):  # compiled code has chosen its backend
+            found = other_backends(model, self.samples)
+        errors = {name: self.errors(own, target) for name, own in found.items()}
+        return errors, self._sample("other_noise", model, other_noise=True)
+
+    def _seconds(self, model: nn.Module) -> dict[str, float]:
+        sample = self.samples[0]
+        return {"": forward_seconds(model, sample), "_attention": attention_seconds(model, sample)}
