@@ -111,9 +111,9 @@ def _run(verb: str, overrides: list[str], *, only_show: bool) -> int:
 
         check(cfg)
         return 0
-    from gossamer.train import job
+    from gossamer.train.run import run
 
-    job.run(cfg, stages=list(cfg.stages) if verb == "train" else [verb])
+    run(cfg, stages=list(cfg.stages) if verb == "train" else [verb])
     return 0
 
 

@@ -25,11 +25,12 @@ def serve(requests: IO[str], answers: IO[str], velocities: Path | None = None) -
     `velocities` is the folder in which they share those of their teachers (train/remembered.py).
     """
     from gossamer.sparse.attach import families
-    from gossamer.train import evaluation, job, stages  # noqa: F401  (the slow imports, once)
+    from gossamer.train import run  # noqa: F401  (the slow imports, once)
+    from gossamer.train.job import VELOCITIES
 
     families()
 
-    kept: dict[tuple[str, ...], Any] = {job.VELOCITIES: velocities}
+    kept: dict[tuple[str, ...], Any] = {VELOCITIES: velocities}
     for line in requests:
         request = json.loads(line)
         log = os.open(request["log"], os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
@@ -47,14 +48,14 @@ def work(overrides: Sequence[str], kept: dict[tuple[str, ...], Any]) -> int:
     """Do one job, say on stderr what went wrong, and return its exit code."""
     import torch
 
-    from gossamer.train import job
     from gossamer.train.config import compose, require_complete
+    from gossamer.train.run import run
 
     try:
         with terminable():
             cfg = compose(overrides)
             require_complete(cfg)
-            job.run(cfg, kept=kept)
+            run(cfg, kept=kept)
         return 0
     except Refusal as refusal:
         sys.stderr.write(f"error: {refusal}\n")

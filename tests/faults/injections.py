@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gossamer.train import checkpoint, files, health, interrupt, job, loop, pulse, run_lock, stages
+from gossamer.train import checkpoint, files, health, interrupt, loop, pulse, run, run_lock, stages
 from gossamer.train.data import dataset
 from gossamer.train.data.dataset import LatentDataset
 from gossamer.train.losses import VelocityDistillation
@@ -66,14 +66,14 @@ def other_disk_in_process_1() -> None:
 
 
 def refusal_in_process_1() -> None:
-    preflight = job.preflight
+    preflight = run.preflight
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         if rank() == 1:
             raise Refusal("model.path", "/nowhere", "a folder", "copy it")
         return preflight(*args, **kwargs)
 
-    job.preflight = refuse  # type: ignore[assignment]
+    run.preflight = refuse  # type: ignore[assignment]
 
 
 def no_pulse() -> None:
@@ -106,7 +106,7 @@ def out_of_memory() -> None:
 
 def out_of_memory_unhandled() -> None:
     out_of_memory()
-    job.within_memory = lambda *args: nullcontext()  # type: ignore[assignment]
+    run.within_memory = lambda *args: nullcontext()  # type: ignore[assignment]
 
 
 def small_files() -> None:

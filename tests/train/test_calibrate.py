@@ -16,8 +16,8 @@ from gossamer.train.calibrate import BISECTIONS, Calibrator
 from gossamer.train.calibration import CALIBRATION, Calibration
 from gossamer.train.evaluate import measure_masks, noisy_samples, velocities
 from gossamer.train.gauge import Gauge
-from gossamer.train.job import run
 from gossamer.train.refusal import Refusal
+from gossamer.train.run import run
 from gossamer.train.stages import REPORT
 from gossamer.train.weights import digest
 

@@ -21,10 +21,10 @@ STAGES = ["encode", "calibrate", "train", "evaluate", "export", "report"]
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, DictConfig, list[str]]]:
     """Record what the verbs would run."""
     made: list[tuple[str, DictConfig, list[str]]] = []
-    job, check = ModuleType("gossamer.train.job"), ModuleType("gossamer.train.check")
-    job.run = lambda cfg, stages: made.append(("run", cfg, stages))  # type: ignore[attr-defined]
+    run, check = ModuleType("gossamer.train.run"), ModuleType("gossamer.train.check")
+    run.run = lambda cfg, stages: made.append(("run", cfg, stages))  # type: ignore[attr-defined]
     check.check = lambda cfg: made.append(("check", cfg, []))  # type: ignore[attr-defined]
-    for module in (job, check):
+    for module in (run, check):
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(f"gossamer.train.{module.__name__[15:]}", module, raising=False)
     return made
@@ -77,7 +77,7 @@ def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, calls: list) -> 
     def interrupted(cfg: DictConfig, stages: list[str]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["gossamer.train.job"], "run", interrupted)
+    monkeypatch.setattr(sys.modules["gossamer.train.run"], "run", interrupted)
     assert main(["train"]) == 130
 
 
@@ -87,7 +87,7 @@ def test_sigterm_exits_with_143_and_one_line(
     def terminated(cfg: DictConfig, stages: list[str]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(sys.modules["gossamer.train.job"], "run", terminated)
+    monkeypatch.setattr(sys.modules["gossamer.train.run"], "run", terminated)
     before = signal.getsignal(signal.SIGTERM)
     assert main(["encode"]) == 143
     assert capsys.readouterr().err == "terminated\n"

@@ -27,8 +27,8 @@ from gossamer.train.evaluate import (
     velocities,
 )
 from gossamer.train.evaluation import evaluate_stage
-from gossamer.train.job import run
 from gossamer.train.measures import Sample
+from gossamer.train.run import run
 from gossamer.train.stages import train_stage
 
 LEVELS = [0.7, 0.3]

@@ -14,8 +14,8 @@ from gossamer.train.check import preflight
 from gossamer.train.config import compose
 from gossamer.train.evaluate import evenly, measure_masks, noisy_samples
 from gossamer.train.gauge import Gauge
-from gossamer.train.job import run
 from gossamer.train.refusal import Refusal
+from gossamer.train.run import run
 
 
 def test_one_mass_for_all_heads_meets_the_density_on_its_samples(make_job: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gossamer.train import job, worker, workers
+from gossamer.train import worker, workers
 from gossamer.train.refusal import DiskFailed, Refusal
 from gossamer.train.workers import Pool, Task
 
@@ -85,6 +85,6 @@ def test_a_job_gives_the_exit_code_of_gossamer_train(monkeypatch: pytest.MonkeyP
     def run(cfg: Any, kept: Any) -> None:
         raise DiskFailed("checkpoints", "there", "a disk that takes them", "free some space")
 
-    monkeypatch.setattr(job, "run", run)
+    monkeypatch.setattr("gossamer.train.run.run", run)
     assert worker.work([], {}) == DiskFailed.code == 3
     assert worker.work(["sparsty=1"], {}) == Refusal.code == 2
