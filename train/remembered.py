@@ -19,11 +19,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What decides a velocity, beside the sample's clip and seed and the teacher's weights.
-DECIDING = (
-    *("data", "training_data", "codec", "text", "noise", "noise_draws", "guidance"),
-    *("compile", "compile_tuned"),
-)
+# What decides a velocity, beside the data, the sample's clip and seed and the teacher's weights.
+DECIDING = ("training_data", "noise", "noise_draws", "guidance", "compile", "compile_tuned")
 NAME = "velocity"
 
 
@@ -41,8 +38,16 @@ class Remembered:
     def start(self, job: "Job") -> None:
         """Start the teacher, and find the folder of what decides its velocities."""
         self.teacher.start(job)
-        weights, precision = job.part_of_key(job.dense_on_cpu()), job.accelerator.mixed_precision
-        key = json.dumps([fingerprint(job.cfg, DECIDING), weights, precision, job.device.type])
+        key = json.dumps(
+            {
+                "settings": fingerprint(job.cfg, DECIDING),
+                "data": job.dataset("train").manifest.request,
+                "weights": job.part_of_key(job.dense_on_cpu()),
+                "precision": job.accelerator.mixed_precision,
+                "device": job.device.type,
+            },
+            sort_keys=True,
+        )
         self.folder = self.folder / hashlib.sha256(key.encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
 

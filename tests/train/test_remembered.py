@@ -1,6 +1,7 @@
 """Teacher velocities that the jobs of a sweep leave each other: the same numbers, one forward."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gossamer.train import remembered
+from gossamer.train.data.shards import Manifest
 from gossamer.train.draws import Noised
 from gossamer.train.job import VELOCITIES
 from gossamer.train.remembered import Remembered
@@ -65,6 +67,26 @@ def test_other_samples_or_another_target_ask_anew(
 ) -> None:
     losses(make_job, lab, tmp_path, "first")
     losses(make_job, lab, tmp_path, "other", **settings)
+    assert len(asked) == 6
+
+
+def test_data_encoded_anew_in_the_same_folder_asks_anew(
+    asked: list[Tensor],
+    make_job: Any,
+    lab: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses(make_job, lab, tmp_path, "first")
+    load = Manifest.load
+
+    def of_another_film(folder: Path) -> Manifest | None:
+        found = load(folder)
+        assert found is not None
+        return replace(found, request={**found.request, "sources": ["another"]})
+
+    monkeypatch.setattr(Manifest, "load", of_another_film)
+    losses(make_job, lab, tmp_path, "other")
     assert len(asked) == 6
 
 
