@@ -55,9 +55,9 @@ def captured(
     Of the heads, each `every`-th is taken. The run's data is encoded first if it is not there.
     """
     from gossamer.train.config import compose
-    from gossamer.train.evaluate import evenly, noisy_samples
     from gossamer.train.job import Job, make_accelerator
     from gossamer.train.model import velocity
+    from gossamer.train.samples import evenly, noisy_samples
     from gossamer.train.stages import encode_stage
 
     cfg = compose([*overrides, f"device={device.type}"])

@@ -116,7 +116,7 @@ def test_benchmarks_import_public_ops_and_sparse_and_of_train_only_helpers(path:
     helpers = {f"gossamer.train.{x}" for x in ("files", "refusal", "study_output", "suggest")}
     entry = {"gossamer.train.cli"} if path.stem == "__main__" else set()
     if path.name == "tensors.py":  # captures from a teacher as calibration does
-        modules = ("config", "evaluate", "job", "model", "stages")
+        modules = ("config", "samples", "job", "model", "stages")
         entry = {f"gossamer.train.{name}" for name in modules}
     externals = {"torch", "triton", "matplotlib"}
     if path.name == "parallel.py":  # takes the steps of a training, as its processes do

@@ -26,12 +26,13 @@ from gossamer.sparse.methods import NAMES, method_named
 from gossamer.train.calibrate import Calibrator
 from gossamer.train.calibration import set_masks
 from gossamer.train.config import compose
-from gossamer.train.evaluate import evenly, noisy_samples, velocities
+from gossamer.train.evaluate import velocities
 from gossamer.train.gauge import Gauge
 from gossamer.train.job import Job, make_accelerator
 from gossamer.train.measures import Sample
 from gossamer.train.model import velocity
 from gossamer.train.refusal import in_one_line
+from gossamer.train.samples import evenly, noisy_samples
 from gossamer.train.stages import encode_stage
 from gossamer.train.study_output import Line, add_output, environment, leave
 

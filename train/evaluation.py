@@ -14,10 +14,10 @@ from gossamer.train.calibration import CALIBRATION
 from gossamer.train.compiling import compiling
 from gossamer.train.config import data_dir, fingerprint
 from gossamer.train.data.shards import MANIFEST
-from gossamer.train.evaluate import evenly
 from gossamer.train.files import sha256, write_atomic
 from gossamer.train.heldout import Found, Heldout
 from gossamer.train.reporting.maps import write_masks
+from gossamer.train.samples import evenly
 
 if TYPE_CHECKING:
     from gossamer.train.job import Job

@@ -12,23 +12,25 @@ from gossamer.sparse.attach import hit_rates
 from gossamer.train.compiling import compiled
 from gossamer.train.config import fingerprint
 from gossamer.train.evaluate import (
-    Clip,
     MaskReport,
     attention_seconds,
-    decode,
-    evenly,
     flow_losses,
     forward_seconds,
-    judge,
-    keep_videos,
     measure_masks,
-    noisy_samples,
     other_backends,
     relative_errors,
-    sample_latents,
     velocities,
 )
 from gossamer.train.match_density import match_density
+from gossamer.train.samples import (
+    Clip,
+    decode,
+    evenly,
+    judge,
+    keep_videos,
+    noisy_samples,
+    sample_latents,
+)
 
 if TYPE_CHECKING:
     from gossamer.train.job import Job

@@ -34,6 +34,7 @@ from gossamer.train.processes import Together
 from gossamer.train.pulse import meeting
 from gossamer.train.refusal import Refusal
 from gossamer.train.remembered import Remembered
+from gossamer.train.samples import evenly, noisy_samples
 from gossamer.train.teacher import Cached, Guided, Teacher
 from gossamer.train.weights import digest
 
@@ -257,8 +258,6 @@ class Job:
 
         Of data in several sizes they are of the largest: budgets are shares, and carry over.
         """
-        from gossamer.train.evaluate import evenly, noisy_samples
-
         options, dataset = self.cfg.calibration, self.whole_split("train", of_data=True)
         largest = dataset.largest
         if clips is None:

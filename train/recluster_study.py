@@ -25,11 +25,11 @@ from gossamer.sparse.attach import attach, attentions, detach
 from gossamer.sparse.layouts.clusters import Clusters, SemanticClusters
 from gossamer.sparse.methods import method_named
 from gossamer.train.config import compose
-from gossamer.train.evaluate import evenly
 from gossamer.train.job import Job, make_accelerator
 from gossamer.train.model import velocity
 from gossamer.train.noise import shift_levels
 from gossamer.train.refusal import in_one_line
+from gossamer.train.samples import evenly
 from gossamer.train.stages import encode_stage
 from gossamer.train.study_output import Line, add_output, environment, leave
 

@@ -10,7 +10,7 @@ from torch import nn
 from gossamer import __version__
 from gossamer.sparse.attach import attach
 from gossamer.train import checkpoint
-from gossamer.train.evaluate import noisy_samples, relative_errors, velocities
+from gossamer.train.evaluate import relative_errors, velocities
 from gossamer.train.evaluation import method_identity
 from gossamer.train.export import (
     ADAPTER_USAGE,
@@ -25,6 +25,7 @@ from gossamer.train.files import sha256
 from gossamer.train.lora import load_adapter, merge
 from gossamer.train.pipeline import LatentVideoPipeline, load_pipeline
 from gossamer.train.refusal import Refusal
+from gossamer.train.samples import noisy_samples
 
 if TYPE_CHECKING:
     from gossamer.train.job import Job

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from gossamer.train.compiling import compiled
 from gossamer.train.config import fingerprint
-from gossamer.train.evaluate import evenly, noisy_samples, relative_errors, velocities
+from gossamer.train.evaluate import relative_errors, velocities
 from gossamer.train.measures import Sample
+from gossamer.train.samples import evenly, noisy_samples
 
 if TYPE_CHECKING:
     from gossamer.train.job import Job

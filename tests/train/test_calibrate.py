@@ -14,10 +14,11 @@ from gossamer.sparse.attention import DenseAttention
 from gossamer.train import gauge
 from gossamer.train.calibrate import BISECTIONS, Calibrator
 from gossamer.train.calibration import CALIBRATION, Calibration
-from gossamer.train.evaluate import measure_masks, noisy_samples, velocities
+from gossamer.train.evaluate import measure_masks, velocities
 from gossamer.train.gauge import Gauge
 from gossamer.train.refusal import Refusal
 from gossamer.train.run import run
+from gossamer.train.samples import noisy_samples
 from gossamer.train.stages import REPORT
 from gossamer.train.weights import digest
 

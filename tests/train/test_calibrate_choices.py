@@ -14,10 +14,11 @@ from gossamer.train import calibrate
 from gossamer.train.calibrate import Calibrator
 from gossamer.train.calibration import Calibration
 from gossamer.train.check import preflight
-from gossamer.train.evaluate import measure_masks, noisy_samples
+from gossamer.train.evaluate import measure_masks
 from gossamer.train.gauge import Gauge
 from gossamer.train.refusal import Refusal
 from gossamer.train.reporting.calibration import lines
+from gossamer.train.samples import noisy_samples
 
 LEVELS = [0.7, 0.3]
 CLUSTERED = {

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from gossamer.benchmarks.tensors import LEVELS, captured
 from gossamer.sparse.attach import attentions
 from gossamer.sparse.layout import TokenGrid
-from gossamer.train.evaluate import evenly, noisy_samples, velocities
+from gossamer.train.evaluate import velocities
+from gossamer.train.samples import evenly, noisy_samples
 
 
 def test_attention_of_what_is_captured_is_the_models_own(

@@ -12,13 +12,13 @@ from gossamer.sparse.attach import attach, attentions, method_from_spec
 from gossamer.sparse.attention import SparseAttention
 from gossamer.train.calibrate import Calibrator
 from gossamer.train.calibration import Calibration
-from gossamer.train.evaluate import noisy_samples
 from gossamer.train.gauge import Gauge
 from gossamer.train.match_density import check_match
 from gossamer.train.measures import Sample
 from gossamer.train.model import velocity
 from gossamer.train.refusal import Refusal
 from gossamer.train.run import run
+from gossamer.train.samples import noisy_samples
 from gossamer.train.stages import REPORT
 
 LEVELS = [0.7, 0.3]

@@ -14,21 +14,11 @@ import torch
 from gossamer.sparse.attach import attentions
 from gossamer.sparse.layouts.clusters import SemanticClusters
 from gossamer.train import heldout
-from gossamer.train.evaluate import (
-    decode,
-    evenly,
-    judge,
-    keep_videos,
-    measure_masks,
-    noisy_samples,
-    other_backends,
-    relative_errors,
-    sample_latents,
-    velocities,
-)
+from gossamer.train.evaluate import measure_masks, other_backends, relative_errors, velocities
 from gossamer.train.evaluation import evaluate_stage
 from gossamer.train.measures import Sample
 from gossamer.train.run import run
+from gossamer.train.samples import decode, evenly, judge, keep_videos, noisy_samples, sample_latents
 from gossamer.train.stages import train_stage
 
 LEVELS = [0.7, 0.3]

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 import gossamer
 from gossamer.sparse.attach import CONFIG_NAME, STATE_NAME, attentions, mask_state
 from gossamer.train import checkpoint
-from gossamer.train.evaluate import noisy_samples, velocities
+from gossamer.train.evaluate import velocities
 from gossamer.train.export import export
 from gossamer.train.pipeline import LatentVideoPipeline
 from gossamer.train.refusal import Refusal
+from gossamer.train.samples import noisy_samples
 
 STAGES = ["calibrate", "train", "export"]
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 import gossamer
 from gossamer.sparse.attach import mask_state
 from gossamer.train import checkpoint
-from gossamer.train.evaluate import noisy_samples, velocities
+from gossamer.train.evaluate import velocities
 from gossamer.train.lora import FILE, adapted_layers, base_of, count_parameters, merge
+from gossamer.train.samples import noisy_samples
 
 LORA = {"lora__rank": 4, "lora__alpha": 10.0}
 STAGES = ["calibrate", "train", "export"]

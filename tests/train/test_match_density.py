@@ -7,10 +7,11 @@ import torch
 
 from gossamer.sparse.attach import attentions
 from gossamer.train.config import compose
-from gossamer.train.evaluate import measure_masks, noisy_samples
+from gossamer.train.evaluate import measure_masks
 from gossamer.train.match_density import match_density
 from gossamer.train.refusal import Refusal
 from gossamer.train.run import run
+from gossamer.train.samples import noisy_samples
 
 LEVELS = [0.9, 0.3]
 STAGES = ["calibrate", "evaluate"]

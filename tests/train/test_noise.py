@@ -5,8 +5,8 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from gossamer.train.evaluate import noisy_samples
 from gossamer.train.noise import LogNormal, Shifted, Uniform, add_noise, mix, sample_noise
+from gossamer.train.samples import noisy_samples
 
 SHAPE = (4, 3, 4, 6)  # [C, f, h, w]
 

@@ -12,10 +12,11 @@ from gossamer.sparse.attach import method_from_spec
 from gossamer.train.calibrate import Calibrator
 from gossamer.train.check import preflight
 from gossamer.train.config import compose
-from gossamer.train.evaluate import evenly, measure_masks, noisy_samples
+from gossamer.train.evaluate import measure_masks
 from gossamer.train.gauge import Gauge
 from gossamer.train.refusal import Refusal
 from gossamer.train.run import run
+from gossamer.train.samples import evenly, noisy_samples
 
 
 def test_one_mass_for_all_heads_meets_the_density_on_its_samples(make_job: Any) -> None:

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 import gossamer
 from gossamer.sparse.attach import STATE_NAME, mask_parameters, mask_state
 from gossamer.train import checkpoint
-from gossamer.train.evaluate import noisy_samples, velocities
+from gossamer.train.evaluate import velocities
 from gossamer.train.loop import TrainSettings
 from gossamer.train.progress import parameter_groups
+from gossamer.train.samples import noisy_samples
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "budgets": {"policy": "trained_hybrid"},

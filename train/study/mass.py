@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from gossamer.sparse.attach import attentions, method_from_spec
 from gossamer.sparse.attention import SparseAttention
-from gossamer.train.evaluate import evenly, noisy_samples
 from gossamer.train.measures import Seen, visit_layers
+from gossamer.train.samples import evenly, noisy_samples
 
 if TYPE_CHECKING:
     from gossamer.train.job import Job

@@ -8,7 +8,8 @@ import torch
 
 from gossamer.sparse.attach import attentions, method_from_spec
 from gossamer.sparse.layout import permute_qkv
-from gossamer.train.evaluate import evenly, noisy_samples, velocities
+from gossamer.train.evaluate import velocities
+from gossamer.train.samples import evenly, noisy_samples
 from gossamer.train.study.__main__ import main
 from gossamer.train.study.mass import best_mass, mass_curves
 
