@@ -103,15 +103,13 @@ def _times(**models: Found) -> dict[str, float]:
 def _sparse(heldout: Heldout) -> dict[str, Any]:
     job, seeds = heldout.job, heldout.job.seeds
     teacher = heldout.teacher()
-    before = heldout.sparse("before", lambda: job.student(job.cfg.seed))
-    after = before
+    before = heldout.sparse("before", partial(job.student, job.cfg.seed))
+    after, others = before, []
     if job.trains:
-        after = heldout.sparse("after", lambda: job.trained(job.cfg.seed))
-    found = dict.fromkeys(seeds, before.velocities) | {job.cfg.seed: after.velocities}
-    if job.trains:
-        for seed in seeds:
-            if seed != job.cfg.seed:
-                found[seed] = heldout.repeated(seed, partial(job.trained, seed))
+        after = heldout.sparse("after", partial(job.trained, job.cfg.seed))
+        others = [seed for seed in seeds if seed != job.cfg.seed]
+    repeated = {seed: heldout.repeated(seed, partial(job.trained, seed)) for seed in others}
+    found = dict.fromkeys(seeds, after.velocities) | repeated
     assert before.masks is not None and after.masks is not None
     masks = {"before": before.masks, "after": after.masks}
     write_masks(job.run_dir / MASKS, {when: report.selected for when, report in masks.items()})
@@ -167,8 +165,7 @@ def _dense(heldout: Heldout) -> dict[str, Any]:
         "heldout": _by_level(heldout.losses(model.velocities)),
     }
     latents = {own: model.latents, "teacher": reference.latents}
-    latents["other_noise"] = reference.other_noise
-    samples = heldout.compared(latents)
+    samples = heldout.compared(latents | {"other_noise": reference.other_noise})
     quality = samples["quality"]
     result: dict[str, Any] = {
         "trained": job.trains,
