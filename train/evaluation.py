@@ -158,10 +158,10 @@ def _dense(heldout: Heldout) -> dict[str, Any]:
     is_tuned = job.trains and job.is_pretrained
     own = "after" if is_tuned else "teacher"
     make = partial(job.trained, job.cfg.seed) if job.trains else job.dense
-    model = heldout.dense(own, make) if job.trains else heldout.teacher()
+    model = heldout.dense(own, make, is_reference=not is_tuned)
     reference = heldout.teacher() if is_tuned else model
     losses = {
-        "train": _by_level(heldout.train_losses(make)),
+        "train": _by_level(model.train_losses),
         "heldout": _by_level(heldout.losses(model.velocities)),
     }
     latents = {own: model.latents, "teacher": reference.latents}

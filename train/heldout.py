@@ -53,6 +53,7 @@ class Found:
     seconds: dict[str, float]  # of a forward, and of all its attention layers
     backends: dict[str, Any] = field(default_factory=dict)  # errors to itself with other ones
     other_noise: Tensor | None = None  # its samples from another noise
+    train_losses: list[list[float]] = field(default_factory=list)
     masks: MaskReport | None = None
     hit_rate: dict[str, Tensor] = field(default_factory=dict)
 
@@ -72,19 +73,25 @@ class Heldout:
         job = self.job
         dense = self._loaded(job.dense)
         model = job.guided(dense)
-        identity = fingerprint(job.cfg, DECIDING), job.part_of_key(dense)
+        identity = fingerprint(job.cfg, DECIDING), job.weights_key
         target = job.once(
             ("velocities", *identity), lambda: velocities(model, self.samples, "teacher")
         )
         latents = job.once(("teacher", *identity), lambda: self._sample("teacher", model))
         return Found(target, latents, self._seconds(dense), *self._floor(model, target))
 
-    def dense(self, name: str, make: Callable[[], nn.Module]) -> Found:
-        """Return what a trained dense model makes of the clips."""
+    def dense(self, name: str, make: Callable[[], nn.Module], *, is_reference: bool) -> Found:
+        """Return what a dense model makes of the clips, and of as many training clips.
+
+        How far it is from itself is measured where nothing else is the reference.
+        """
         model = self._loaded(make)
+        if not self.job.trains:
+            model = self.job.guided(model)
         found = velocities(model, self.samples, "heldout")
-        latents = self._sample(name, model)
-        return Found(found, latents, self._seconds(model), *self._floor(model, found))
+        latents, seconds = self._sample(name, model), self._seconds(model)
+        floor = self._floor(model, found) if is_reference else ({}, None)
+        return Found(found, latents, seconds, *floor, self._train_losses(model))
 
     def sparse(self, name: str, make: Callable[[], nn.Module]) -> Found:
         """Return what a sparse model makes of the clips, and its masks."""
@@ -97,15 +104,6 @@ class Heldout:
     def repeated(self, seed: int, make: Callable[[], nn.Module]) -> list[Tensor]:
         """Return the velocities of the sparse model of another seed."""
         return velocities(self._matched(make), self.samples, f"after, seed {seed}")
-
-    def train_losses(self, make: Callable[[], nn.Module]) -> list[list[float]]:
-        """Return the losses of a dense model on as many training clips."""
-        job, dataset = self.job, self.job.dataset("train")
-        seen = [dataset[i] for i in evenly(len(dataset), len(self.clips))]
-        samples = noisy_samples(seen, self.levels, self.options.batch_size, job.device)
-        dense = self._loaded(make)
-        found = velocities(dense if job.trains else job.guided(dense), samples, "train")
-        return flow_losses(found, samples, len(self.levels))
 
     def errors(self, found: list[Tensor], target: list[Tensor]) -> list[list[float]]:
         return relative_errors(found, target, self.samples, len(self.levels))
@@ -141,6 +139,12 @@ class Heldout:
         if self.options.match_density:
             match_density(model, self.samples, 1 - self.job.cfg.sparsity)
         return model
+
+    def _train_losses(self, model: nn.Module) -> list[list[float]]:
+        dataset = self.job.dataset("train")
+        seen = [dataset[i] for i in evenly(len(dataset), len(self.clips))]
+        samples = noisy_samples(seen, self.levels, self.options.batch_size, self.job.device)
+        return flow_losses(velocities(model, samples, "train"), samples, len(self.levels))
 
     def _sample(self, name: str, model: nn.Module, *, other_noise: bool = False) -> Tensor | None:
         if not self.sampled:

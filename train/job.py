@@ -86,9 +86,14 @@ class Job:
             self.kept[key] = make()
         return self.kept[key]
 
-    def part_of_key(self, model: nn.Module) -> str:
-        """Return the digest of a model for a key of `once`, or "" where nothing is kept."""
-        return "" if self.kept is None else digest(model)
+    @property
+    def weights_key(self) -> str:
+        """Return the digest of the starting weights for a key of `once`, "" where none is kept."""
+        if self.kept is None:
+            return ""
+        key = ("digest", fingerprint(self.cfg, ["model"]), str(self.cfg.seed))
+        found: str = self.once(key, lambda: digest(self._weights(self.cfg.seed)))
+        return found
 
     @property
     def trains(self) -> bool:

@@ -42,7 +42,7 @@ class Remembered:
             {
                 "settings": fingerprint(job.cfg, DECIDING),
                 "data": job.dataset("train").manifest.request,
-                "weights": job.part_of_key(job.dense_on_cpu()),
+                "weights": job.weights_key,
                 "precision": job.accelerator.mixed_precision,
                 "device": job.device.type,
             },

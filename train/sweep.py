@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
@@ -64,8 +63,8 @@ def sweep(overrides: Sequence[str], *, only_show: bool = False) -> int:
     launch, swept, constant = split(overrides)
     is_shared_out = bool(launch.workers) and not only_show
     # the workers import while the jobs are planned
-    pool_of = partial(Pool, launch.workers, launch.mixed_precision, launch.velocities)
-    with pool_of() if is_shared_out else nullcontext() as pool:
+    options = launch.workers, launch.mixed_precision, launch.velocities
+    with Pool(*options) if is_shared_out else nullcontext() as pool:
         return _sweep(launch, swept, constant, start, pool, only_show=only_show)
 
 

@@ -44,8 +44,11 @@ def watch_of(job: "Job") -> Watch | None:
     heldout, levels = job.dataset("heldout"), list(options.noise_levels)
     clips = [heldout[i] for i in evenly(len(heldout), options.every_clips)]
     samples = noisy_samples(clips, levels, options.batch_size, job.device)
-    dense = compiled(job.dense(), job.cfg)
-    key = "watched", fingerprint(job.cfg, FIXED), job.part_of_key(dense)
-    with job.autocast():
-        target = job.once(key, lambda: velocities(job.guided(dense), samples, "teacher"))
+
+    def ask() -> list[Tensor]:
+        teacher = job.guided(compiled(job.dense(), job.cfg))
+        with job.autocast():
+            return velocities(teacher, samples, "teacher")
+
+    target = job.once(("watched", fingerprint(job.cfg, FIXED), job.weights_key), ask)
     return Watch(options.every, samples, target, len(levels))
