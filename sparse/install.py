@@ -37,7 +37,10 @@ class Attachment:
 
 
 def install(model: nn.Module, family: ModuleType, make: Callable[[int, int], nn.Module]) -> None:
-    """Give each self-attention of a model the module that `make(heads, head_dim)` returns."""
+    """Give each self-attention of a model the module that `make(heads, head_dim)` returns.
+
+    A family may have a processor of its own for attention to the text, which stays what it is.
+    """
     layers = dict(family.self_attentions(model))
     device = next(model.parameters()).device
     made = {
@@ -48,6 +51,10 @@ def install(model: nn.Module, family: ModuleType, make: Callable[[int, int], nn.
     context = AttentionContext()
     for name, layer in layers.items():
         layer.processor = family.Processor(made[name], context)
+    if hasattr(family, "text_attentions"):
+        for name, layer in family.text_attentions(model):
+            originals[name] = layer.processor
+            layer.processor = family.TextProcessor(layer.processor)
     hook = _fill_before_forward(model, family)
     model.__dict__[RECORD] = Attachment(context, originals, [hook], made)
     if hasattr(model, "cache_context"):

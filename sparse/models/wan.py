@@ -1,9 +1,11 @@
 """The Wan family (diffusers WanTransformer3DModel): processor, token grid, where attention is."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -12,12 +14,22 @@ from gossamer.sparse.models.context import AttentionContext
 from gossamer.sparse.sequence import SequenceParallel
 
 MODEL = WanTransformer3DModel
+PARTS = 8  # of the queries of a clip, in the backward of attention to the text
+FEW = 8  # times as many queries as keys, from which they are split
 
 
 def self_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield name and module of each self-attention; cross-attention (attn2) stays as it is."""
+    """Yield name and module of each self-attention."""
     for name, module in model.named_modules():
         if name.endswith(".attn1"):
+            yield name, module
+
+
+def text_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module of each attention to text alone that diffusers' processor computes."""
+    for name, module in model.named_modules():
+        is_text = name.endswith(".attn2") and module.add_k_proj is None
+        if is_text and type(module.processor) is WanAttnProcessor:
             yield name, module
 
 
@@ -87,6 +99,65 @@ class Processor(nn.Module):
         for layer in attn.to_out:
             out = layer(out)
         return out
+
+
+class TextProcessor(WanAttnProcessor):
+    """Attends to the text as diffusers does; where it trains on a GPU, its backward fills the GPU.
+
+    cuDNN divides that by keys: 512 give 48 programs for the 132 multiprocessors of an H100. So the
+    queries of a clip become a few clips', whose text is the same.
+    """
+
+    def __init__(self, stock: WanAttnProcessor) -> None:
+        super().__init__()
+        vars(self).update(vars(stock))  # an attention backend that the user chose
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Return the layer's output [B, S, H * D] of hidden_states [B, S, H * D]."""
+        text = encoder_hidden_states
+        query = attn.norm_q(attn.to_q(hidden_states))
+        if getattr(attn, "fused_projections", False):
+            key, value = attn.to_kv(text).chunk(2, dim=-1)
+        else:
+            key, value = attn.to_k(text), attn.to_v(text)
+        key = attn.norm_k(key)
+        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            backend = self._attention_backend
+            out: Tensor = dispatch_attention_fn(q, k, v, attn_mask=attention_mask, backend=backend)
+            return out
+
+        trains = torch.is_grad_enabled() and query.is_cuda and attention_mask is None
+        out = in_parts(attend, query, key, value) if trains else attend(query, key, value)
+        out = out.flatten(2).type_as(query)
+        for layer in attn.to_out:
+            out = layer(out)
+        return out
+
+
+def in_parts(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Return attend(q, k, v) [B, S, H, D] of q with up to PARTS times as many shorter clips.
+
+    No copy of q: a part is a view. Few queries, and a number of them that no such number divides,
+    stay whole.
+    """
+    tokens = q.shape[1]
+    parts = next(n for n in range(PARTS, 0, -1) if tokens % n == 0)
+    if parts == 1 or tokens < FEW * k.shape[1]:
+        return attend(q, k, v)
+    q = q.unflatten(1, (parts, -1)).flatten(0, 1)
+    k, v = (x.repeat_interleave(parts, 0) for x in (k, v))
+    return attend(q, k, v).unflatten(0, (-1, parts)).flatten(1, 2)
 
 
 def angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,11 +19,19 @@ from gossamer.sparse.estimators.mean_pool import MeanPool
 from gossamer.sparse.estimators.router import Router
 from gossamer.sparse.layout import RowMajor, Tiles, TokenGrid
 from gossamer.sparse.models.context import AttentionContext
-from gossamer.sparse.models.wan import Processor, angles, rotate, token_grid
+from gossamer.sparse.models.wan import (
+    Processor,
+    TextProcessor,
+    angles,
+    in_parts,
+    rotate,
+    token_grid,
+)
 from gossamer.sparse.policies import Hybrid, TrainedHybrid
 from gossamer.sparse.sequence import SequenceParallel
 
 diffusers = pytest.importorskip("diffusers")
+WanAttnProcessor = diffusers.models.transformers.transformer_wan.WanAttnProcessor
 GRIDS = [(3, 4, 4), (2, 5, 7), (1, 1, 1), (5, 3, 11)]
 TRUE_SIZES = {
     "1.3B": {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
@@ -261,12 +269,64 @@ def test_detach_restores_the_outputs_the_processors_and_the_keys() -> None:
     assert not model._forward_pre_hooks
 
 
-def test_cross_attention_keeps_its_own_processor() -> None:
-    model = wan()
-    stock = [block.attn2.processor for block in model.blocks]
+class OwnProcessor(WanAttnProcessor):
+    """A user's own, for attention to the text."""
+
+
+def test_attention_to_text_keeps_a_users_processor_and_backend_and_one_to_images_its_own() -> None:
+    model, with_image = wan(num_layers=2), wan(added_kv_proj_dim=32, image_dim=16)
+    model.blocks[0].attn2.processor = own = OwnProcessor()
+    model.blocks[1].attn2.processor._attention_backend = "_native_math"
     attach(model, sparse())
-    assert [block.attn2.processor for block in model.blocks] == stock
+    assert model.blocks[0].attn2.processor is own
+    assert isinstance(model.blocks[1].attn2.processor, TextProcessor)
+    assert model.blocks[1].attn2.processor._attention_backend == "_native_math"
     assert all(isinstance(block.attn1.processor, Processor) for block in model.blocks)
+    stock = [block.attn2.processor for block in with_image.blocks]
+    attach(with_image, sparse())
+    assert [block.attn2.processor for block in with_image.blocks] == stock
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parts"), [(64, 8), (65, 5), (66, 6), (67, 1), (63, 7), (56, 8), (48, 1)]
+)
+def test_queries_in_parts_give_what_whole_ones_give(tokens: int, parts: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+
+    def draw(length: int) -> Tensor:
+        x = torch.randn(2, length, 3, 4, generator=generator, dtype=torch.float64)
+        return x.requires_grad_()
+
+    q, k, v = draw(tokens), draw(7), draw(7)
+    asked = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        asked.append(q.shape[:2])
+        assert q.data_ptr() == given.data_ptr()  # no copy
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
+        return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+
+    given = q
+    whole, split = attend(q, k, v), in_parts(attend, q, k, v)
+    assert asked[1] == (2 * parts, tokens // parts)
+    torch.testing.assert_close(split, whole, rtol=0, atol=1e-12)
+    weight = torch.randn(whole.shape, generator=generator, dtype=torch.float64)
+    expected = torch.autograd.grad((whole * weight).sum(), (q, k, v))
+    found = torch.autograd.grad((split * weight).sum(), (q, k, v))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_gradients_on_a_gpu_do_not_depend_on_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attach(wan(16).cuda().train(), None)
+    call = {name: x.cuda() for name, x in inputs((3, 8, 8)).items()}
+    split = gradients(model, call)
+    monkeypatch.setattr("gossamer.sparse.models.wan.PARTS", 1)
+    whole = gradients(model, call)
+    assert split.keys() == whole.keys()
+    for name, gradient in split.items():
+        torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 @torch.no_grad()
