@@ -6,8 +6,9 @@
 
 With --methods the arms are the published methods as `attach(pipe, method=...)` gives them, nothing
 calibrated, each head with the same budget; --block is the tokens of a q and a kv block or cluster.
-Each repeat calibrates on other training clips with other probes. `velocity_per_level` has budgets
-for each noise level alone, which a run cannot use yet: it shows what noise-level bins would gain.
+Each repeat calibrates on other training clips with other probes; an allocation that measures
+nothing is run once. `velocity_per_level` has budgets for each noise level alone, which a run cannot
+use yet: it shows what noise-level bins would gain.
 The data is encoded first, unless it is there.
 """
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from gossamer.sparse.allocation import Allocation, EqualError, Uniform, WaterFill
 from gossamer.sparse.attach import attach, attentions, detach, family_of, method_from_spec
+from gossamer.sparse.layouts.per_head import PerHead
 from gossamer.sparse.methods import NAMES, method_named
 from gossamer.train.calibrate import Calibrator
 from gossamer.train.calibration import set_masks
@@ -95,12 +97,15 @@ def _measure(job: Job, options: argparse.Namespace) -> Iterator[tuple[str, float
     student = attach(job.source.load(job.cfg.seed), method).to(job.device)
     student.requires_grad_(False).eval()
     num_clips = len(job.dataset("train"))
+    chooses_orders = isinstance(method.layout, PerHead)  # by errors, whatever the budgets
     for repeat in range(options.repeats):
         order = torch.randperm(num_clips, generator=torch.Generator().manual_seed(repeat))
         calibrator = job.calibrator(teacher, order[: job.cfg.calibration.clips].tolist())
         calibrator.gauge.seed = repeat
         by_level = [_of_level(calibrator, level) for level in range(len(levels))]
         for arm in options.arms:
+            if repeat and not (chooses_orders or arm == PER_LEVEL or ALLOCATIONS[arm].measure):
+                continue
             for sparsity in options.sparsity:
                 errors: list[float] = []
                 densities: list[float] = []

@@ -39,7 +39,8 @@ def test_the_study_leaves_its_table_and_a_plot(
     flags = ["--sparsity", "0.5", "0.75", "--repeats", "2", "--arms", "uniform", "error"]
     assert main([*lab.student(tmp_path), *flags, "--out", str(out), "--commit", "abc"]) == 0
     text = out.read_text()
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
+    assert said.count("uniform at 0.5:") == 1 and said.count("error at 0.5:") == 2
     assert text.startswith(f"# {TITLE}\n") and text.endswith(printed)
     assert "commit abc, date 20" in text and "--repeats 2 --arms uniform error" in text
     uniform, error = (printed.splitlines()[i].split(" | ") for i in (2, 3))

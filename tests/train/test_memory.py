@@ -319,6 +319,9 @@ def test_check_tells_the_memory_of_a_step(tmp_path: Any) -> None:
     facts = check(compose(["recipe=demo", *where]))
     for name in ("memory", "calibration"):
         assert " GiB at the peak, in " in facts[name] and "activations" in facts[name]
+    compiled = check(compose(["recipe=demo", *where, "compile=true"]))
+    assert compiled["memory"] == f"at most {facts['memory']} (compiled blocks keep less)"
+    assert compiled["calibration"] == facts["calibration"]
 
 
 @pytest.mark.parametrize("asked", ["sparsity=0.0", "calibration.path=old"])
