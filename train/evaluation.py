@@ -15,7 +15,8 @@ from gossamer.train.compiling import compiling
 from gossamer.train.config import data_dir, fingerprint
 from gossamer.train.data.shards import MANIFEST
 from gossamer.train.files import sha256, write_atomic
-from gossamer.train.heldout import Found, Heldout
+from gossamer.train.found import Found
+from gossamer.train.heldout import Heldout
 from gossamer.train.reporting.maps import write_masks
 from gossamer.train.samples import evenly
 
@@ -103,7 +104,7 @@ def _times(**models: Found) -> dict[str, float]:
 def _sparse(heldout: Heldout) -> dict[str, Any]:
     job, seeds = heldout.job, heldout.job.seeds
     teacher = heldout.teacher()
-    before = heldout.sparse("before", partial(job.student, job.cfg.seed))
+    before = heldout.start(method_identity(job), partial(job.student, job.cfg.seed))
     after, others = before, []
     if job.trains:
         after = heldout.sparse("after", partial(job.trained, job.cfg.seed))

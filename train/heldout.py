@@ -1,8 +1,10 @@
 """The models of an evaluation on held-out clips: one in memory at a time, what it does is kept."""
 
 import gc
+import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +14,6 @@ from gossamer.sparse.attach import hit_rates
 from gossamer.train.compiling import compiled
 from gossamer.train.config import fingerprint
 from gossamer.train.evaluate import (
-    MaskReport,
     attention_seconds,
     flow_losses,
     forward_seconds,
@@ -21,6 +22,7 @@ from gossamer.train.evaluate import (
     relative_errors,
     velocities,
 )
+from gossamer.train.found import Found
 from gossamer.train.match_density import match_density
 from gossamer.train.samples import (
     Clip,
@@ -31,6 +33,7 @@ from gossamer.train.samples import (
     noisy_samples,
     sample_latents,
 )
+from gossamer.train.shared_start import shared_start
 
 if TYPE_CHECKING:
     from gossamer.train.job import Job
@@ -41,21 +44,9 @@ DECIDING = (
     *("evaluation.clips", "evaluation.noise_levels", "evaluation.batch_size"),
     *("evaluation.sample_clips", "evaluation.sample_steps"),
 )
+# And what decides what its untrained sparse copy does, beside its method.
+STARTING = (*DECIDING, "sparsity", "error_budget", "evaluation.match_density")
 SAMPLES = "samples"
-
-
-@dataclass(frozen=True)
-class Found:
-    """What one model does on the held-out clips; the model itself is gone."""
-
-    velocities: list[Tensor]
-    latents: Tensor | None  # of the sampled clips; None without any
-    seconds: dict[str, float]  # of a forward, and of all its attention layers
-    backends: dict[str, Any] = field(default_factory=dict)  # errors to itself with other ones
-    other_noise: Tensor | None = None  # its samples from another noise
-    train_losses: list[list[float]] = field(default_factory=list)
-    masks: MaskReport | None = None
-    hit_rate: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Heldout:
@@ -100,6 +91,27 @@ class Heldout:
         latents = self._sample(name, model)
         stayed, seconds = hit_rates(model), self._seconds(model)
         return Found(masks.velocities, latents, seconds, masks=masks, hit_rate=stayed)
+
+    def start(self, method: list[str], make: Callable[[], nn.Module]) -> Found:
+        """Return what the untrained sparse model makes of the clips.
+
+        Jobs of a sweep whose `method` is the same, as it is for all seeds, measure it once.
+        """
+
+        def measure() -> Found:
+            return self.sparse("before", make)
+
+        file = self._shared(method)
+        return measure() if file is None else shared_start(file, measure)
+
+    def _shared(self, method: list[str]) -> Path | None:
+        job = self.job
+        if job.kept is None:
+            return None
+        parts = [fingerprint(job.cfg, STARTING), job.weights_key, *method]
+        parts += [job.device.type, job.accelerator.mixed_precision]
+        name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return job.run_dir.parent / "starts" / f"{name}.safetensors"
 
     def repeated(self, seed: int, make: Callable[[], nn.Module]) -> list[Tensor]:
         """Return the velocities of the sparse model of another seed."""

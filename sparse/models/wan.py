@@ -110,7 +110,7 @@ class TextProcessor(WanAttnProcessor):
 
     def __init__(self, stock: WanAttnProcessor) -> None:
         super().__init__()
-        vars(self).update(vars(stock))  # an attention backend that the user chose
+        self._attention_backend = stock._attention_backend  # the user may have chosen one
 
     def __call__(
         self,
