@@ -24,6 +24,7 @@ from gossamer.train.evaluate import (
 )
 from gossamer.train.found import Found
 from gossamer.train.match_density import match_density
+from gossamer.train.run_dir import STARTS
 from gossamer.train.samples import (
     Clip,
     decode,
@@ -111,7 +112,7 @@ class Heldout:
         parts = [fingerprint(job.cfg, STARTING), job.weights_key, *method]
         parts += [job.device.type, job.accelerator.mixed_precision]
         name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-        return job.run_dir.parent / "starts" / f"{name}.safetensors"
+        return job.run_dir.parent / STARTS / f"{name}.safetensors"
 
     def repeated(self, seed: int, make: Callable[[], nn.Module]) -> list[Tensor]:
         """Return the velocities of the sparse model of another seed."""

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from gossamer.train.config import fingerprint, require_complete
 from gossamer.train.files import write_atomic
 from gossamer.train.redact import redact
-from gossamer.train.run_dir import check_run_dir
+from gossamer.train.run_dir import STARTS, check_run_dir
 from gossamer.train.study.record import Results
 from gossamer.train.sweep_plan import Job, Launch, plan, split
 from gossamer.train.workers import Pool, Task, own_environment, sharing
@@ -115,6 +115,8 @@ def _sweep(
     again = [o.job for o in outcomes.values() if o.status in ("left", "stopped")]
     if again:
         log.info("%d of %d jobs are left; the same command goes on", len(again), len(jobs))
+    else:
+        shutil.rmtree(folder / STARTS, ignore_errors=True)
     return int(any(outcome.status == "failed" for outcome in outcomes.values()))
 
 

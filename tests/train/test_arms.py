@@ -132,6 +132,7 @@ def test_a_study_runs_in_a_worker_and_a_second_call_has_nothing_to_do(
     assert shared == ["arm=start"] and len(list((sweep_dir / "calibrations").iterdir())) == 2
     assert not list(sweep_dir.glob("*/checkpoints")) and (sweep_dir / "report").is_dir()
     assert len(list((tmp_path / "velocities").glob("*/*.safetensors"))) == 2, "one for each step"
+    assert not (sweep_dir / "starts").exists(), "nothing is left to do"
     stamp = results.read_bytes()
     assert sweep(overrides) == 0
     assert results.read_bytes() == stamp
