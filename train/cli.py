@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     SIGTERM.
     """
     arguments = ["--help" if a == "-h" else a for a in (sys.argv[1:] if argv is None else argv)]
+    # Else, on some processors, MKL rounds by where tensors lie in memory: no run repeats its bits.
+    os.environ.setdefault("MKL_CBWR", "AUTO")
     try:
         # The other processes of a run may wait in a collective, where no handler would run.
         with terminable() if _is_first() else nullcontext():

@@ -150,3 +150,14 @@ def test_the_module_is_the_verb_train() -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: sparsity=2") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("own", "then"), [(None, "AUTO"), ("AVX2", "AVX2")])
+def test_mkl_rounds_alike_wherever_tensors_lie_unless_the_user_says_otherwise(
+    own: str | None, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MKL_CBWR", raising=False)
+    if own:
+        monkeypatch.setenv("MKL_CBWR", own)
+    main(["--help"])
+    assert os.environ["MKL_CBWR"] == then
