@@ -109,8 +109,9 @@ class Heldout:
         job = self.job
         if job.kept is None:
             return None
-        parts = [fingerprint(job.cfg, STARTING), job.weights_key, *method]
+        parts: list[Any] = [fingerprint(job.cfg, STARTING), job.weights_key, *method]
         parts += [job.device.type, job.accelerator.mixed_precision]
+        parts.append(job.dataset("heldout").manifest.request)  # a folder may be encoded anew
         name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         return job.run_dir.parent / STARTS / f"{name}.safetensors"
 
