@@ -16,11 +16,7 @@ CONFIG_FILE = "config.json"
 # Fused row and column reductions return gradients of a wrong shape for one clip on a GPU
 # (pytorch/pytorch#178080).
 INDUCTOR: dict[str, Any] = {"triton.mix_order_reduction": False}
-TUNED: dict[str, Any] = {
-    "coordinate_descent_tuning": True,
-    "max_autotune_pointwise": True,
-    "triton.multi_kernel": 1,  # a row of 1,536 in one pass or in two, whichever is faster
-}
+TUNED: dict[str, Any] = {"coordinate_descent_tuning": True, "max_autotune_pointwise": True}
 
 
 class ModelSource(Protocol):
