@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace the file `path` by `content` in one step, on disk when this returns."""
     data = content.encode("utf-8") if isinstance(content, str) else content
     # Beside the target: os.replace is atomic within one file system only.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_bytes(data)
         sync(temporary)

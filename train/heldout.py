@@ -107,7 +107,7 @@ class Heldout:
 
     def _shared(self, method: list[str]) -> Path | None:
         job = self.job
-        if job.kept is None:
+        if job.kept is None or not job.trains:  # whose times are a result, and are its own
             return None
         parts: list[Any] = [fingerprint(job.cfg, STARTING), job.weights_key, *method]
         parts += [job.device.type, job.accelerator.mixed_precision]

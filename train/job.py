@@ -1,10 +1,11 @@
 """One run: its config, its folder, and what its stages share."""
 
+import json
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import deepcopy
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,32 @@ class Job:
             self.kept[key] = make()
         return self.kept[key]
 
+    def _only(self, key: tuple[str, ...], make: Callable[[], Any]) -> Any:
+        """Return `once` of a key, and forget its like: of what is large only the last is kept."""
+        kept = {} if self.kept is None else self.kept
+        for other in [k for k in kept if k[0] == key[0] and k != key]:
+            del kept[other]
+        return self.once(key, make)
+
     @property
     def weights_key(self) -> str:
         """Return the digest of the starting weights for a key of `once`, "" where none is kept."""
         if self.kept is None:
             return ""
-        key = ("digest", fingerprint(self.cfg, ["model"]), str(self.cfg.seed))
+        key = "digest", *self._weights_identity(self.cfg.seed)
         found: str = self.once(key, lambda: digest(self._weights(self.cfg.seed)))
         return found
+
+    def _weights_identity(self, seed: int) -> tuple[str, ...]:
+        of_seed = "" if self.is_pretrained else str(seed)
+        return fingerprint(self.cfg, ["model"]), str(self.weights_stamp), of_seed
+
+    @property
+    def weights_stamp(self) -> list[list[Any]]:
+        """Return name, bytes and time of the files of the pretrained weights; none are read."""
+        folder = getattr(self.source, "folder", None)
+        files = sorted(folder.glob("*.safetensors")) if folder else ()
+        return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
     @property
     def trains(self) -> bool:
@@ -173,8 +192,9 @@ class Job:
         return attach(self._weights(self.cfg.seed), None).requires_grad_(False).eval()
 
     def _weights(self, seed: int) -> nn.Module:
-        key = ("weights", fingerprint(self.cfg, ["model"]), str(seed))
-        model = self.once(key, lambda: self.source.load(seed))
+        model = self._only(
+            ("weights", *self._weights_identity(seed)), partial(self.source.load, seed)
+        )
         return model if self.kept is None else deepcopy(model)
 
     def guided(self, model: nn.Module) -> nn.Module:
@@ -238,15 +258,6 @@ class Job:
         return Path(self.cfg.calibration.path or self.run_dir / "calibration")
 
     @property
-    def shared_calibration(self) -> Path | None:
-        """Return the folder in which jobs of one sweep leave each other an equal calibration."""
-        if self.kept is None or self.cfg.calibration.path is not None:
-            return None
-        keys = [*MEASURED, *ASKED, *([] if self.cfg.calibration.seed is not None else ["seed"])]
-        name = f"{self.accelerator.mixed_precision}-{fingerprint(self.cfg, keys)[:16]}"
-        return self.run_dir.parent / "calibrations" / name
-
-    @property
     def masks_asked(self) -> dict[str, Any]:
         """Return what decides a calibration, but for the model's weights."""
         spec = self.method_spec
@@ -284,12 +295,20 @@ class Job:
 
     def own_calibrator(self) -> Calibrator:
         """Return the run's calibrator; the last is kept for runs that share what it measured."""
+        found: Calibrator = self._only(
+            ("calibrator", *self.measured), lambda: self.calibrator(self.dense_on_cpu())
+        )
+        found.gauge.teacher.to(self.device)
+        return found
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Return what decides the measurements of a calibration, where any is kept."""
+        if self.kept is None:
+            return ()
         keys = [*MEASURED, *([] if self.cfg.calibration.seed is not None else ["seed"])]
-        key = "calibrator", fingerprint(self.cfg, keys)
-        kept = {} if self.kept is None else self.kept
-        for other in [k for k in kept if k[0] == key[0] and k != key]:
-            del kept[other]  # it holds a teacher and samples on the device
-        return self.once(key, lambda: self.calibrator(self.dense()))
+        request = self.whole_split("train", of_data=True).manifest.request
+        return fingerprint(self.cfg, keys), self.weights_key, json.dumps(request, sort_keys=True)
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -310,7 +329,8 @@ class Job:
                 "calibration",
                 self.calibration_dir,
                 f"one made for this model and these masks ({difference})",
-                "set calibration.path=null and run `gossamer calibrate`",
+                "set calibration.path=null, delete that folder if it is the run's own, and run "
+                "`gossamer calibrate`",
             )
 
     def seed_dir(self, seed: int) -> Path:
@@ -357,7 +377,8 @@ def make_accelerator(cfg: DictConfig) -> Accelerator:
     from accelerate.utils import InitProcessGroupKwargs
 
     cpu = cfg.device == "cpu" or (cfg.device == "auto" and not torch.cuda.is_available())
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # rank 0 encodes, others wait
+    # rank 0 encodes, evaluates and exports while others wait; a dead one ends all (train/pulse.py)
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=2))
     with sharding_hidden(), meeting():
         accelerator = Accelerator(cpu=cpu, kwargs_handlers=[patient])
     if accelerator.mixed_precision not in ("no", "bf16"):

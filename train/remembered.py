@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +10,11 @@ from torch import Tensor, nn
 
 from gossamer.train.config import fingerprint
 from gossamer.train.draws import Noised
-from gossamer.train.files import write_atomic
+from gossamer.train.shared_file import leave, take
 from gossamer.train.teacher import Teacher
 
 if TYPE_CHECKING:
     from gossamer.train.job import Job
-
-log = logging.getLogger(__name__)
 
 # What decides a velocity, beside the data, the sample's clip and seed and the teacher's weights.
 DECIDING = ("training_data", "noise", "noise_draws", "guidance", "compile", "compile_tuned")
@@ -55,13 +52,12 @@ class Remembered:
         """Return the velocity [B, C, f, h, w], fp32, of a job before or of the teacher."""
         name = hashlib.sha256(json.dumps([noised.index, noised.seeds]).encode()).hexdigest()[:32]
         file = self.folder / f"{name}.safetensors"
-        if file.is_file():
-            return load_file(file, device=str(noised.x.device))[NAME]
+        known = take(file, lambda there: load_file(there, device=str(noised.x.device)))
+        if known is not None:
+            return known[NAME]
         velocity = self.teacher.velocity(student, noised)
         if not self.is_full:
-            try:
-                write_atomic(file, save({NAME: velocity.cpu().contiguous()}))
-            except OSError as error:
-                self.is_full = True
-                log.warning("no more velocities are kept in %s: %s", self.folder, error)
+            kept = velocity.cpu().contiguous()
+            if kept.isfinite().all():  # a fault that passes must not come back in every job
+                self.is_full = not leave(file, save({NAME: kept}))
         return velocity

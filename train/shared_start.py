@@ -1,7 +1,6 @@
 """What an untrained sparse model does on the held-out clips, as the jobs of a sweep leave it."""
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,27 +10,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gossamer.train.evaluate import MaskReport
-from gossamer.train.files import write_atomic
 from gossamer.train.found import Found
-
-log = logging.getLogger(__name__)
+from gossamer.train.shared_file import leave, take
 
 LATENTS = "latents"
 
 
 def shared_start(file: Path, measure: Callable[[], Found]) -> Found:
-    """Return what another job left in `file`, or what `measure` finds, and leave that.
-
-    A disk that takes no more ends the leaving, not the job.
-    """
-    if file.is_file():
-        return _unpacked(file)
-    found = measure()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write_atomic(file, _packed(found))
-    except OSError as error:
-        log.warning("%s is not left to other jobs: %s", file, error)
+    """Return what another job left in `file`, or what `measure` finds, and leave that."""
+    found = take(file, _unpacked)
+    if found is None:
+        found = measure()
+        leave(file, _packed(found))
     return found
 
 

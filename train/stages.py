@@ -1,7 +1,5 @@
 """The stages up to a trained student: encode, calibrate, train."""
 
-import os
-import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -9,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from gossamer.train import loop
+from gossamer.train import loop, shared_calibration
 from gossamer.train.calibration import CALIBRATION, Calibration
 from gossamer.train.check_data import check_splits
 from gossamer.train.compiling import compiled, compiling
@@ -87,6 +85,8 @@ def calibrate_stage(job: "Job") -> None:
     with job.autocast(), said_once(job.accelerator):
         result = calibrator.run(allocation, **_asked(job))
     made_for = {**job.masks_asked, "weights": digest(calibrator.gauge.teacher)}
+    if job.kept is not None:
+        calibrator.gauge.teacher.cpu()  # for the next job; this one needs the device's memory
     on_main(partial(_keep, job, replace(result, made_for=made_for)), job.accelerator)
 
 
@@ -112,14 +112,7 @@ def _keep(job: "Job", result: Calibration) -> None:
     )
     for line in said:
         job.log("%s", line)
-    shared = job.shared_calibration
-    if shared is not None and not shared.exists():
-        own = shared.with_name(f"{shared.name}.{os.getpid()}")
-        shutil.copytree(job.calibration_dir, own)
-        try:
-            own.rename(shared)
-        except OSError:  # another job was first
-            shutil.rmtree(own)
+    shared_calibration.leave(job)
 
 
 def _is_calibrated(job: "Job") -> bool:
@@ -127,14 +120,7 @@ def _is_calibrated(job: "Job") -> bool:
 
     One that was forced to change is not.
     """
-    if _has_own(job):
-        return True
-    shared = job.shared_calibration
-    if shared is None or not (shared / CALIBRATION).is_file():
-        return False
-    shutil.copytree(shared, job.calibration_dir, dirs_exist_ok=True)
-    job.log("calibration taken from %s", shared)
-    return True
+    return _has_own(job) or shared_calibration.take(job)
 
 
 def _has_own(job: "Job") -> bool:

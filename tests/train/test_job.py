@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from gossamer.train.check import preflight
 from gossamer.train.config import compose, fingerprint, recipes, save_config
 from gossamer.train.data import quarantine
+from gossamer.train.run import run
 from gossamer.train.run_dir import CONFIG, check_run_dir
 
 ALL = ["encode", "calibrate", "train", "evaluate", "export", "report"]
@@ -127,3 +129,36 @@ def test_jobs_of_one_process_share_clips_but_neither_their_order_nor_what_is_lef
     assert [split.quarantine.holds(shard.file, 0) for split in splits] == [False, False, True]
     assert splits[2][0]["index"] != 0 == splits[0][0]["index"]
     assert splits[2]._open is splits[0]._open, "read once"
+
+
+def test_jobs_of_one_process_keep_the_weights_of_one_model(make_job: Any, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(make_job().source.path, model)
+    kept: dict[Any, Any] = {}
+
+    def job_of(seed: int) -> Any:
+        job = make_job(name=f"seed-{seed}", seed=seed, model__path=model, calibration__path=None)
+        job.kept = kept
+        return job
+
+    keys = [job_of(seed).weights_key for seed in (0, 1, 2)]
+    assert len(set(keys)) == 1 and len([key for key in kept if key[0] == "weights"]) == 1
+    measured = job_of(0).measured
+    (file,) = (model / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    save_file({name: x + 1 for name, x in tensors.items()}, file, {"format": "pt"})
+    again = job_of(3)
+    assert again.weights_key != keys[0], "the same path, other weights"
+    assert again.measured != measured and len([key for key in kept if key[0] == "weights"]) == 1
+
+
+def test_a_report_does_not_finish_a_run_that_lacks_its_export(
+    whole: Any, tmp_path: Path, one_thread: None
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(whole[0].folder, folder)
+    shutil.move(folder / "export", tmp_path / "export")
+    cfg = compose([*whole[1], f"run_dir={folder}"])
+    assert not run(cfg, ["report"])["finished"]
+    shutil.move(tmp_path / "export", folder / "export")
+    assert run(cfg, ["report"])["finished"]

@@ -1,15 +1,17 @@
 """Teacher velocities that the jobs of a sweep leave each other: the same numbers, one forward."""
 
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from gossamer.train import remembered
+from gossamer.train import shared_file
 from gossamer.train.data.shards import Manifest
 from gossamer.train.draws import Noised
 from gossamer.train.job import VELOCITIES
@@ -103,12 +105,47 @@ def test_a_full_disk_ends_the_keeping_and_not_the_training(
     def full(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(remembered, "write_atomic", full)
+    monkeypatch.setattr(shared_file, "write_atomic", full)
     with caplog.at_level(logging.WARNING):
         assert losses(make_job, lab, tmp_path, "full") == alone
     assert len(asked) == 6
-    said = [r.message for r in caplog.records if "no more velocities are kept" in r.message]
+    said = [r.message for r in caplog.records if "is not left to other jobs" in r.message]
     assert len(said) == 1 and "No space left" in said[0]
+
+
+def test_a_disk_with_little_room_is_left_to_the_checkpoints(
+    asked: list[Tensor],
+    make_job: Any,
+    lab: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    few = usage._replace(total=1000 * 2**20, free=50 * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: few)
+    losses(make_job, lab, tmp_path, "first")
+    assert not list(tmp_path.glob("*/*.safetensors")) and len(asked) == 3
+
+
+def test_a_velocity_that_cannot_be_read_is_asked_for_again(
+    asked: list[Tensor], make_job: Any, lab: Any, tmp_path: Path
+) -> None:
+    first = losses(make_job, lab, tmp_path, "first")
+    for file in tmp_path.glob("*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:50])
+    assert losses(make_job, lab, tmp_path, "second") == first and len(asked) == 6
+    assert losses(make_job, lab, tmp_path, "third") == first and len(asked) == 6
+
+
+def test_a_velocity_that_is_not_finite_is_not_kept(tmp_path: Path) -> None:
+    class Failing:
+        def velocity(self, student: Any, noised: Any) -> Tensor:
+            return torch.full((1, 2), torch.nan)
+
+    teacher = Remembered(Failing(), tmp_path)  # type: ignore[arg-type]
+    noised: Any = SimpleNamespace(index=[0], seeds=[0], x=torch.zeros(1))
+    assert teacher.velocity(None, noised).isnan().all()  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir()) and not teacher.is_full
 
 
 def test_cached_velocities_are_kept_once(make_job: Any, tmp_path: Path) -> None:

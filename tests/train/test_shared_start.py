@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gossamer.train import shared_start
+from gossamer.train import shared_file
 from gossamer.train.evaluation import EVALUATION, MASKS, evaluate_stage
 from gossamer.train.heldout import Heldout
 from gossamer.train.job import VELOCITIES
+from gossamer.train.run_dir import STARTS
 from gossamer.train.stages import calibrate_stage, train_stage
 
 SETTINGS: dict[str, Any] = {
@@ -57,13 +58,25 @@ def test_a_second_seed_finds_the_start_of_the_first(make_job: Any, measured: lis
     assert measured == [*["before", "after"] * 2, "after"]
 
 
-def test_an_untrained_arm_finds_the_start_of_a_trained_one(
-    make_job: Any, measured: list[str]
-) -> None:
-    evaluation(make_job, "trained")
+def test_an_untrained_arm_takes_its_own_times(make_job: Any, measured: list[str]) -> None:
+    trained, _ = evaluation(make_job, "trained")
     found, _ = evaluation(make_job, "untrained", stages="[calibrate,evaluate]")
-    assert measured == ["before", "after"]
-    assert found["velocity_error"]["before"] == found["velocity_error"]["after"]["0"]
+    assert measured == ["before", "after", "before"]
+    assert found["velocity_error"]["before"] == trained["velocity_error"]["before"]
+
+
+def test_a_start_that_cannot_be_read_is_measured_anew(
+    make_job: Any, measured: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = evaluation(make_job, "first")
+    (file,) = (make_job(name="sweep/first").run_dir.parent / STARTS).iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    with caplog.at_level(logging.WARNING):
+        assert evaluation(make_job, "second") == first
+    assert measured == ["before", "after"] * 2
+    assert "cannot be read, and is made anew" in caplog.text
+    assert evaluation(make_job, "third") == first
+    assert measured == [*["before", "after"] * 2, "after"]
 
 
 @pytest.mark.parametrize(
@@ -79,10 +92,9 @@ def test_an_untrained_arm_finds_the_start_of_a_trained_one(
 def test_another_start_is_measured(
     settings: dict[str, Any], make_job: Any, measured: list[str]
 ) -> None:
-    own = {"stages": "[calibrate,evaluate]"}
-    evaluation(make_job, "first", **own)
-    evaluation(make_job, "other", **own, **settings)
-    assert measured == ["before"] * 2
+    evaluation(make_job, "first")
+    evaluation(make_job, "other", **settings)
+    assert measured == ["before", "after"] * 2
 
 
 def test_a_full_disk_ends_the_leaving_not_the_job(
@@ -94,10 +106,9 @@ def test_a_full_disk_ends_the_leaving_not_the_job(
     def write(file: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shared_start, "write_atomic", write)
-    own = {"stages": "[calibrate,evaluate]"}
+    monkeypatch.setattr(shared_file, "write_atomic", write)
     with caplog.at_level(logging.WARNING):
-        first = evaluation(make_job, "first", **own)
-        assert evaluation(make_job, "second", **own, seed=1)[0]["velocity_error"]["before"]
-    assert measured == ["before"] * 2 and first
+        first = evaluation(make_job, "first")
+        assert evaluation(make_job, "second", seed=1)[0]["velocity_error"]["before"]
+    assert measured == ["before", "after"] * 2 and first
     assert "is not left to other jobs: [Errno 28] No space left" in caplog.text
