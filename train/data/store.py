@@ -89,17 +89,19 @@ def mirror(url: str, folder: Path) -> None:
         files, root = _open(url)
         files.invalidate_cache()  # of an earlier run in this process
         content = files.cat_file(f"{root}/{MANIFEST}")
+        own = folder / MANIFEST
+        is_new = not own.is_file() or own.read_bytes() != content  # a codec of the same size too
         for source, entry in files.find(f"{root}/codec", detail=True).items():
             name = source.rpartition("/")[2]
             path = folder / "codec" / name
             if source != f"{root}/codec/{name}" or not _CODEC_FILE.fullmatch(name):
                 allowed = "files of a codec, without folders"
                 raise Refusal("data.dir", source, allowed, "copy the encoded folder again")
-            if not path.is_file() or path.stat().st_size != entry["size"]:
+            if is_new or not path.is_file() or path.stat().st_size != entry["size"]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(path, files.cat_file(source))
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / MANIFEST, content)
+        write_atomic(own, content)
 
     try:
         _patiently(copy, url, WAITS)

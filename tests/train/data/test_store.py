@@ -50,6 +50,21 @@ def test_a_url_gives_the_items_of_the_folder(remote: tuple[Path, str], tmp_path:
     assert not list((tmp_path / "cache/.fetching").rglob("*.parquet"))
 
 
+def test_a_codec_of_the_same_size_is_fetched_with_a_new_manifest(
+    remote: tuple[Path, str], tmp_path: Path
+) -> None:
+    _, url = remote
+    files = fsspec.filesystem("memory")
+    mirror(url, tmp_path / "cache")
+    files.pipe("/bucket/data/codec/config.json", b"[]")
+    mirror(url, tmp_path / "cache")
+    own = tmp_path / "cache/codec/config.json"
+    assert own.read_text() == "{}", "the size is all that is looked at"
+    files.pipe("/bucket/data/manifest.json", files.cat_file("/bucket/data/manifest.json") + b"\n")
+    mirror(url, tmp_path / "cache")
+    assert own.read_text() == "[]"
+
+
 def test_a_shard_is_fetched_once_and_again_only_if_the_copy_is_damaged(
     remote: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
