@@ -5,7 +5,6 @@ averages: 99.9 % of the parameters. Biases, norms, modulation tables and mask pa
 and in fp32 in every process, and their gradients are averaged before each step.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -103,10 +102,8 @@ class Parallel:
     @torch.no_grad()
     def clip(self, parameters: list[nn.Parameter], norm: Tensor, most: float) -> None:
         """Scale the gradients, whose norm this is, down to a norm of at most `most`."""
-        if self.mesh is None:
-            nn.utils.clip_grads_with_norm_(parameters, most, norm)
-        elif math.isfinite(most):
-            factor = (most / (norm + 1e-6)).clamp(max=1)
+        factor = most / (norm + 1e-6)
+        if factor < 1:  # else a pass over all gradients would change none
             torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], factor)
 
     def _shard(self, model: nn.Module) -> nn.Module:
