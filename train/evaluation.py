@@ -84,14 +84,17 @@ def device_name(device: torch.device) -> str:
 
 
 def _made_for(job: "Job") -> dict[str, Any]:
-    """Return what identifies an evaluation: checkpoints, masks, data, settings and device."""
+    """Return what identifies an evaluation: weights, masks, data, settings, code and device."""
     trained = job.seeds if job.trains else []
     files = {str(s): job.newest_checkpoint(s) / checkpoint.MANIFEST for s in trained}
     files["data"] = data_dir(job.cfg) / MANIFEST
     return {
         "files": {name: sha256(file) for name, file in files.items()},
+        "weights": job.weights_stamp,
         "method": method_identity(job),
         "settings": OmegaConf.to_container(job.cfg.evaluation),
+        "precision": job.accelerator.mixed_precision,
+        "compile": [job.cfg.compile, job.cfg.compile_tuned],
         "device": device_name(job.device),
     }
 

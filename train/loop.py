@@ -108,6 +108,7 @@ def train(
         settings.optimizer.make(parameter_groups(student, settings)),
         DensityController(student, density, accelerator, parallel.sequence),
         Health(settings.max_skipped, settings.loss_spike, settings.skip_spikes),
+        accelerator.mixed_precision,
     )
     if settings.ema:
         progress.start_ema()

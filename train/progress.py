@@ -32,6 +32,7 @@ class Progress:
     optimizer: torch.optim.Optimizer
     controller: DensityController
     health: Health
+    precision: str = "no"  # that of autocast
     step: int = 0  # optimizer steps done
     ema: dict[str, Tensor] = field(default_factory=dict)
 
@@ -63,6 +64,7 @@ class Progress:
             "density": self.controller.state,
             "health": self.health.state,
             "base": base_of(self.student),
+            "precision": self.precision,
         }
         return checkpoint.save(
             folder,
@@ -77,6 +79,11 @@ class Progress:
         """Take the state of a checkpoint, reading only what this process has of it."""
         tensors, state = checkpoint.read(path)
         check_base(self.student, state.get("base"), path)
+        before = state.get("precision", self.precision)
+        if before != self.precision:
+            allowed = f"{before}, in which {path} was trained"
+            fix = f"launch with --mixed_precision {before}, or set name=NEW"
+            raise Refusal("mixed_precision", self.precision, allowed, fix)
         load_student(self.student, tensors["model"], path)
         load_optimizer(
             self.optimizer, self.named_parameters(), tensors["optimizer"], state["optimizer"]

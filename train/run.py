@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from gossamer import __version__
 from gossamer.train.check import check_launch, preflight
 from gossamer.train.config import fingerprint, save_config
-from gossamer.train.evaluation import evaluate_stage
+from gossamer.train.evaluation import EVALUATION, evaluate_stage
 from gossamer.train.files import write_atomic
 from gossamer.train.job import Job, Kept, make_accelerator
 from gossamer.train.launch import Launch
@@ -23,7 +23,7 @@ from gossamer.train.memory_limit import within_memory
 from gossamer.train.processes import accepted, check_alike, on_main, said_once
 from gossamer.train.pulse import Pulse
 from gossamer.train.report import headline
-from gossamer.train.results import check_export, export_stage, report_stage
+from gossamer.train.results import EXPORT, check_export, export_stage, report_stage
 from gossamer.train.run_dir import CONFIG, PER_PROCESS, check_run_dir, flat
 from gossamer.train.run_lock import RunLock
 from gossamer.train.stages import calibrate_stage, encode_stage, train_stage
@@ -95,11 +95,12 @@ def _shared_settings(job: Job) -> dict[str, object]:
 
 def _finish(job: Job, stages: list[str], seconds: float) -> dict[str, Any]:
     """Write result.json once the last stage is done, and return it."""
-    path = job.run_dir / "evaluation" / "evaluation.json"
+    path = job.run_dir / EVALUATION
     metrics = headline(json.loads(path.read_text())) if path.is_file() else {}
     result = {
         "config_fingerprint": fingerprint(job.cfg),
-        "finished": stages == list(job.cfg.stages) or stages[-1] == "report",
+        "finished": _is_whole(job, stages),
+        "mixed_precision": job.accelerator.mixed_precision,
         "seconds": seconds,
         "stages": stages,
         "metrics": metrics,
@@ -109,6 +110,13 @@ def _finish(job: Job, stages: list[str], seconds: float) -> dict[str, Any]:
         if metrics:
             _summarise(job, metrics)
     return result
+
+
+def _is_whole(job: Job, stages: list[str]) -> bool:
+    """Say whether the config's stages are done, in one call or each in its own."""
+    made = {"evaluate": EVALUATION, "export": EXPORT}
+    left = [s for s in job.cfg.stages if s in made and not (job.run_dir / made[s]).exists()]
+    return stages == list(job.cfg.stages) or (stages[-1] == "report" and not left)
 
 
 def _summarise(job: Job, found: dict[str, Any]) -> None:

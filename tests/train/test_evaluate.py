@@ -160,7 +160,8 @@ def test_a_sparse_run_reports_its_errors_and_its_sparsity(
     assert result["trained"]
     real = np.array(result["heldout_loss"]["teacher"])
     assert real.shape == (4, 2) and (np.array(result["heldout_loss"]["after"]) > 0).all()
-    for change in ("compensation=drop", "noise=shifted", "evaluation.clips=3", "sparsity=0.7"):
+    changes = ("compensation=drop", "noise=shifted", "evaluation.clips=3", "sparsity=0.7")
+    for change in (*changes, "compile=true"):
         done = launcher.run([*overrides, change, "resume=force"])
         assert done.code == 0 and "nothing to do" not in done.text, change
     assert result["seeds"] == [0, 3] and result["noise_levels"] == LEVELS

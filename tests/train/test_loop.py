@@ -17,6 +17,7 @@ from gossamer.train.config import build
 from gossamer.train.distiller import Distiller
 from gossamer.train.losses import VelocityDistillation
 from gossamer.train.refusal import Refusal
+from gossamer.train.stages import train_stage
 from gossamer.train.trackers import NoTracker
 
 
@@ -157,6 +158,19 @@ def test_a_last_save_that_fails_is_never_passed_over(
     monkeypatch.setattr(checkpoint, "save", lambda *args, **kwargs: None)
     with pytest.raises(Refusal, match="checkpoints"):
         train(make_job(), tmp_path, steps=2)
+
+
+def test_a_run_goes_on_in_its_own_precision(make_job: Any) -> None:
+    job = make_job(steps=1)
+    train_stage(job)
+    again = make_job(steps=2, resume="force")
+    again.accelerator.state._mixed_precision = "bf16"
+    try:
+        with pytest.raises(Refusal, match="mixed_precision=bf16: allowed is no, in which"):
+            train_stage(again)
+    finally:
+        again.accelerator.state._mixed_precision = "no"
+    train_stage(again)
 
 
 def test_a_finished_run_is_left_as_it_is(make_job: Any, lab: Any, tmp_path: Path) -> None:
