@@ -42,11 +42,13 @@ def install(model: nn.Module, family: ModuleType, make: Callable[[int, int], nn.
     A family may have a processor of its own for attention to the text, which stays what it is.
     """
     layers = dict(family.self_attentions(model))
-    device = next(model.parameters()).device
     made = {
-        name: make(layer.heads, layer.inner_dim // layer.heads).to(device)
-        for name, layer in layers.items()
+        name: make(layer.heads, layer.inner_dim // layer.heads) for name, layer in layers.items()
     }
+    for name, layer in layers.items():
+        device = next(layer.parameters()).device
+        if device.type != "meta":  # where offloading keeps weights, but numbers would be lost
+            made[name].to(device)
     originals = {name: layer.processor for name, layer in layers.items()}
     context = AttentionContext()
     for name, layer in layers.items():

@@ -27,7 +27,18 @@ class AttentionContext:
         would copy those of transposed q, k and v.
         """
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        held = next(attention.buffers(), None)
+        if held is not None and held.device != q.device:
+            _move(attention, q.device)
         call = (q, k, v, self.grid, self.timestep)
         own = self.sequence
         out = attention(*call) if own is None else own.attend(attention, *call)
         return out.transpose(1, 2)
+
+
+def _move(attention: nn.Module, device: torch.device) -> None:
+    """Move what a layer's masks hold: offloading runs it elsewhere than it rests.
+
+    What an offloading hook of its own keeps on meta stays there, for the hook to load.
+    """
+    attention._apply(lambda x: x if x.is_meta else x.to(device))

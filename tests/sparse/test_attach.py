@@ -26,8 +26,11 @@ from gossamer.sparse.attach import (
     method_from_spec,
     save_policy,
 )
+from gossamer.sparse.install import RECORD
+from gossamer.sparse.layout import TokenGrid
 
 diffusers = pytest.importorskip("diffusers")
+TRAINED = "gossamer.sparse.policies.TrainedHybrid"
 SPEC: dict[str, Any] = {
     "layout": {"_target_": "gossamer.sparse.layout.RowMajor", "q_block": 16, "kv_block": 8},
     "estimator": {"_target_": "gossamer.sparse.estimators.mean_pool.MeanPool"},
@@ -116,6 +119,41 @@ def test_a_deep_copy_is_a_model_of_its_own(source: Any) -> None:
     detach(clone)
     assert_untouched(clone)
     run(model, frames=3)
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["attach first", "offload first"])
+def test_an_offloaded_model_attends_with_the_same_masks(is_first: bool, tmp_path: Path) -> None:
+    from accelerate import cpu_offload
+
+    method = method_from_spec(SPEC)
+    model = attach(tiny_wan(), method)
+    for i, attention in enumerate(attentions(model).values()):
+        attention.policy.set_budget(torch.tensor([0.1, 0.4]) + 0.1 * i, torch.tensor([0.3, 0.0]))
+    save_policy(tmp_path, {"method": SPEC}, mask_state(model))
+    offloaded = tiny_wan()
+    if is_first:
+        attach(offloaded, tmp_path)
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))  # as a sequential offload does
+    if not is_first:
+        assert next(offloaded.parameters()).is_meta
+        attach(offloaded, tmp_path)
+    assert torch.equal(run(offloaded), run(model))
+    state = mask_state(offloaded)
+    assert all(torch.equal(state[name], x) for name, x in mask_state(model).items())
+    detach(offloaded)
+    assert torch.equal(run(offloaded), run(tiny_wan()))
+
+
+def test_mask_numbers_follow_the_tokens_to_their_device() -> None:
+    method = method_from_spec(SPEC | {"policy": {"_target_": TRAINED, "k": 0.2}})
+    model = attach(tiny_wan(), method)
+    policy = attentions(model)["blocks.0.attn1"].policy
+    context = model.__dict__[RECORD].context
+    context.grid = TokenGrid(2, 4, 4)
+    q = torch.empty(1, 32, 2, 16, device="meta")  # stands for a GPU
+    context.attend(attentions(model)["blocks.0.attn1"], q, q, q)
+    assert policy.k.is_meta and policy.k_shift.is_meta
+    assert attentions(model)["blocks.1.attn1"].policy.k.device.type == "cpu"
 
 
 def test_a_saved_policy_gives_the_same_outputs(tmp_path: Path) -> None:
