@@ -277,15 +277,15 @@ def method_from_spec(spec: dict[str, Any]) -> SparseMethod:
 
 
 def transformer_of(target: Any) -> nn.Module:
-    """Return the pipeline's transformer, or the model itself."""
-    if isinstance(target, nn.Module):
-        return target
-    if getattr(target, "transformer_2", None) is not None:
-        raise ValueError(
-            "pipeline: it has two transformers, and one would stay as it is; give "
-            "pipe.transformer and pipe.transformer_2 one after the other"
-        )
-    return target.transformer
+    """Return the pipeline's transformer, or the model itself, out of torch.compile's wrapper."""
+    if not isinstance(target, nn.Module):
+        if getattr(target, "transformer_2", None) is not None:
+            raise ValueError(
+                "pipeline: it has two transformers, and one would stay as it is; give "
+                "pipe.transformer and pipe.transformer_2 one after the other"
+            )
+        target = target.transformer
+    return getattr(target, "_orig_mod", target)
 
 
 def families() -> dict[str, ModuleType]:

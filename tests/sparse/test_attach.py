@@ -20,6 +20,7 @@ from gossamer.sparse.attach import (
     attentions,
     detach,
     families,
+    hit_rates,
     load_mask_state,
     load_policy,
     mask_state,
@@ -106,6 +107,26 @@ def test_a_pipeline_stands_for_its_transformer_and_two_transformers_are_refused(
     assert detach(pipeline) is pipeline
     with pytest.raises(ValueError, match="two transformers"):
         attach(SimpleNamespace(transformer=model, transformer_2=tiny_wan()), None)
+    assert_untouched(model)
+
+
+def test_a_compiled_transformer_is_attached_and_detached_in_either_order() -> None:
+    method = method_from_spec(SPEC)
+    dense, expected = run(tiny_wan()), run(attach(tiny_wan(), method))
+    model = tiny_wan()
+    pipeline = SimpleNamespace(transformer=torch.compile(model, backend="eager"))
+    torch.testing.assert_close(run(pipeline.transformer), dense)
+    for _ in range(2):
+        assert attach(pipeline, method) is pipeline and attentions(pipeline) == attentions(model)
+        torch.testing.assert_close(run(pipeline.transformer), expected)
+        with pytest.raises(ValueError, match="call detach first"):
+            attach(pipeline.transformer, method)
+        assert hit_rates(pipeline) == {} and detach(pipeline.transformer) is pipeline.transformer
+        torch.testing.assert_close(run(pipeline.transformer), dense)
+    attach(model, method)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(run(compiled), expected)
+    detach(compiled)
     assert_untouched(model)
 
 
