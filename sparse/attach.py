@@ -91,7 +91,8 @@ def detach(target: Any) -> Any:
     record: Attachment = model.__dict__.pop(RECORD)
     for hook in record.hooks:
         hook.remove()
-    model.__dict__.pop("cache_context", None)
+    for name in ("cache_context", "save_pretrained"):
+        model.__dict__.pop(name, None)
     for name, original in record.originals.items():
         layer = model.get_submodule(name)
         layer._modules.pop("processor", None)

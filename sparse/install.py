@@ -61,6 +61,16 @@ def install(model: nn.Module, family: ModuleType, make: Callable[[int, int], nn.
     model.__dict__[RECORD] = Attachment(context, originals, [hook], made)
     if hasattr(model, "cache_context"):
         model.__dict__["cache_context"] = MethodType(_denoising_call, model)
+    if hasattr(model, "save_pretrained"):
+        model.__dict__["save_pretrained"] = _refuse_saving
+
+
+def _refuse_saving(*args: Any, **kwargs: Any) -> None:
+    """Raise in the place of diffusers' save_pretrained, which would lose the method."""
+    raise ValueError(
+        "save_pretrained: allowed is a model without gossamer's attention, which a saved model "
+        "cannot hold; call gossamer.detach first, or export a run with `gossamer export`"
+    )
 
 
 @contextmanager

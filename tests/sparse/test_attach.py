@@ -165,6 +165,18 @@ def test_an_offloaded_model_attends_with_the_same_masks(is_first: bool, tmp_path
     assert torch.equal(run(offloaded), run(tiny_wan()))
 
 
+def test_saving_an_attached_model_is_refused(tmp_path: Path) -> None:
+    model = attach(tiny_wan(), method_from_spec(SPEC))
+    for attached in (model, copy.deepcopy(model), torch.compile(model)):
+        with pytest.raises(ValueError, match=r"^save_pretrained: allowed .*gossamer\.detach first"):
+            attached.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert "save_pretrained" not in detach(model).__dict__
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.state_dict().keys() == tiny_wan().state_dict().keys()
+
+
 def test_mask_numbers_follow_the_tokens_to_their_device() -> None:
     method = method_from_spec(SPEC | {"policy": {"_target_": TRAINED, "k": 0.2}})
     model = attach(tiny_wan(), method)
