@@ -1,6 +1,6 @@
 """SVG-EAR's routing: the blocks of most error for their cost, within the budget of a Top-p set."""
 
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -57,17 +57,6 @@ class ErrorBudget(Hybrid):
                 f"guaranteed={guaranteed}: allowed is a share of k from 0 to 1; e.g. guaranteed=0.5"
             )
         self.guaranteed, self.scope, self.unit = float(guaranteed), scope, unit
-
-    def for_heads(self, num_heads: int, head_dim: int | None = None) -> Self:
-        """Return a policy of the same budget with its own k and p for each of the heads."""
-        return type(self)(
-            k=float(self.k[0]),
-            p=float(self.p[0]),
-            guaranteed=self.guaranteed,
-            scope=self.scope,
-            unit=self.unit,
-            num_heads=num_heads,
-        )
 
     def forward(self, scores: BlockScores) -> BlockMask:
         if scores.mass is None or (self.scope != "row" and scores.error is None):
