@@ -7,10 +7,12 @@ from inspect import signature
 from types import MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gossamer.sparse.attention import SparseAttention
+from gossamer.sparse.kept import Pending
 from gossamer.sparse.models.context import AttentionContext
 from gossamer.sparse.trajectory import Trajectory
 
@@ -57,8 +59,8 @@ def install(model: nn.Module, family: ModuleType, make: Callable[[int, int], nn.
         for name, layer in family.text_attentions(model):
             originals[name] = layer.processor
             layer.processor = family.TextProcessor(layer.processor)
-    hook = _fill_before_forward(model, family)
-    model.__dict__[RECORD] = Attachment(context, originals, [hook], made)
+    hooks = [_fill_before_forward(model, family), model.register_forward_hook(_await_backward)]
+    model.__dict__[RECORD] = Attachment(context, originals, hooks, made)
     if hasattr(model, "cache_context"):
         model.__dict__["cache_context"] = MethodType(_denoising_call, model)
     if hasattr(model, "save_pretrained"):
@@ -105,6 +107,18 @@ def _fill_before_forward(model: nn.Module, family: ModuleType) -> RemovableHandl
                 attention.reset(context.branch, is_first=is_first, is_dense=is_dense)
 
     return model.register_forward_pre_hook(fill, with_kwargs=True)
+
+
+def _await_backward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Hold the masks of a forward with gradients for its backward."""
+    if torch.is_grad_enabled() and output[0].requires_grad:
+        _hold_masks(module.__dict__[RECORD], output[0])
+
+
+@torch.compiler.disable
+def _hold_masks(record: Attachment, output: Tensor) -> None:
+    own = record.attentions.values()
+    output.register_hook(Pending([a for a in own if isinstance(a, SparseAttention)]).restore)
 
 
 def _place(record: Attachment, timestep: Tensor) -> tuple[int, bool]:
