@@ -42,7 +42,9 @@ def attach(
     (0.9 if left out), or `source`: a SparseMethod, a folder that holds an exported mask policy, or
     None for dense attention through gossamer's processors (teachers and controls). The first
     `dense_steps` steps of each run of the pipeline and the first `dense_layers` self-attentions
-    stay dense; they do not count in the sparsity.
+    stay dense; they do not count in the sparsity. A second transformer (Wan 2.2's `transformer_2`)
+    sees late steps only: where the pipeline numbers its steps, those below `dense_steps` are the
+    run's first, of which it may see none; elsewhere they are the first that it sees itself.
 
     Raises ValueError for an unknown method or model family, numbers out of range, a model that
     already carries an attachment, or a policy of another model.

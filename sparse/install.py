@@ -79,16 +79,18 @@ def _refuse_saving(*args: Any, **kwargs: Any) -> None:
 def _denoising_call(model: nn.Module, name: str, **kwargs: Any) -> Iterator[None]:
     """Do what diffusers' cache_context does, and note the guidance branch of the call.
 
-    Pipelines name their calls so ("cond", "uncond"), and some count the steps. Clusters are carried
-    from step to step of a branch, and forgotten at its first.
+    Pipelines name their calls so ("cond", "uncond"), and some say which step it is and its noise
+    level. Clusters are carried from step to step of a branch, and forgotten at its first.
     """
     record: Attachment = model.__dict__[RECORD]
-    record.context.branch, record.context.step_index = name, kwargs.get("step_index")
+    context = record.context
+    context.branch, context.step_index = name, kwargs.get("step_index")
+    context.sigma = kwargs.get("sigma")
     try:
         with type(model).cache_context(model, name, **kwargs):  # type: ignore[attr-defined]
             yield
     finally:
-        record.context.branch = record.context.step_index = None
+        context.branch = context.step_index = context.sigma = None
 
 
 def _fill_before_forward(model: nn.Module, family: ModuleType) -> RemovableHandle:
@@ -122,11 +124,14 @@ def _hold_masks(record: Attachment, output: Tensor) -> None:
 
 
 def _place(record: Attachment, timestep: Tensor) -> tuple[int, bool]:
-    """Return which step of a run the next forward is, and whether it is the branch's first."""
-    context = record.context
-    if context.branch is not None and context.step_index is not None:
-        return record.trajectory.by_index(context.branch, context.step_index)
-    carries = context.branch is not None and record.needs_step
-    if carries or record.dense_steps:
-        return record.trajectory.by_timestep(context.branch, timestep)
-    return 0, False
+    """Return which step of a run the next forward is, and whether it is the branch's first.
+
+    Where the pipeline does not say the noise level, reading the timestep waits for the GPU.
+    """
+    context, trajectory = record.context, record.trajectory
+    if not record.needs_step or (context.branch is None and not record.dense_steps):
+        return 0, False
+    if context.branch is None or context.step_index is None:
+        return trajectory.by_level(context.branch, float(timestep.max()))
+    level = float(timestep.max()) if context.sigma is None else context.sigma
+    return trajectory.by_index(context.branch, context.step_index, level)

@@ -39,7 +39,7 @@ def euler_sample(
     bar = tqdm(pairs, desc=progress, unit="step", disable=progress is None)
     for step, (now, after) in enumerate(bar):
         t = torch.full((len(x),), now, device=x.device)
-        with transformer.cache_context("cond", step_index=step):
+        with transformer.cache_context("cond", step_index=step, sigma=now):
             x = x + (after - now) * velocity(transformer, x, t, text, condition)
     return x
 

@@ -17,6 +17,7 @@ class AttentionContext:
     timestep: Tensor | None = None  # [B], or [B, S] (Wan 2.2 TI2V)
     branch: str | None = None  # of the guidance, where the pipeline names it
     step_index: int | None = None  # where the pipeline counts its steps
+    sigma: float | None = None  # where it says the noise level
     sequence: SequenceParallel | None = None  # where processes share the tokens
 
     @torch.compiler.disable  # compiled, the recompute of checkpointing would save other tensors
