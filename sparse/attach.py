@@ -42,7 +42,9 @@ def attach(
     (0.9 if left out), or `source`: a SparseMethod, a folder that holds an exported mask policy, or
     None for dense attention through gossamer's processors (teachers and controls). The first
     `dense_steps` steps of each run of the pipeline and the first `dense_layers` self-attentions
-    stay dense; they do not count in the sparsity.
+    stay dense; they do not count in the sparsity. A second transformer (Wan 2.2's `transformer_2`)
+    sees late steps only: where the pipeline numbers its steps, those below `dense_steps` are the
+    run's first, of which it may see none; elsewhere they are the first that it sees itself.
 
     Raises ValueError for an unknown method or model family, numbers out of range, a model that
     already carries an attachment, or a policy of another model.
@@ -91,7 +93,8 @@ def detach(target: Any) -> Any:
     record: Attachment = model.__dict__.pop(RECORD)
     for hook in record.hooks:
         hook.remove()
-    model.__dict__.pop("cache_context", None)
+    for name in ("cache_context", "save_pretrained"):
+        model.__dict__.pop(name, None)
     for name, original in record.originals.items():
         layer = model.get_submodule(name)
         layer._modules.pop("processor", None)
@@ -277,15 +280,15 @@ def method_from_spec(spec: dict[str, Any]) -> SparseMethod:
 
 
 def transformer_of(target: Any) -> nn.Module:
-    """Return the pipeline's transformer, or the model itself."""
-    if isinstance(target, nn.Module):
-        return target
-    if getattr(target, "transformer_2", None) is not None:
-        raise ValueError(
-            "pipeline: it has two transformers, and one would stay as it is; give "
-            "pipe.transformer and pipe.transformer_2 one after the other"
-        )
-    return target.transformer
+    """Return the pipeline's transformer, or the model itself, out of torch.compile's wrapper."""
+    if not isinstance(target, nn.Module):
+        if getattr(target, "transformer_2", None) is not None:
+            raise ValueError(
+                "pipeline: it has two transformers, and one would stay as it is; give "
+                "pipe.transformer and pipe.transformer_2 one after the other"
+            )
+        target = target.transformer
+    return getattr(target, "_orig_mod", target)
 
 
 def families() -> dict[str, ModuleType]:

@@ -14,6 +14,7 @@ from gossamer.kernels.dense_attention.op import dense_attention
 from gossamer.sparse.codebooks import Codebooks
 from gossamer.sparse.fp32 import no_autocast
 from gossamer.sparse.gates import Band, Gate, Gated, find_band
+from gossamer.sparse.kept import Kept
 from gossamer.sparse.layout import BlockLayout, Layout, TokenGrid, permute_qkv
 from gossamer.sparse.layouts.clusters import Clusters
 from gossamer.sparse.layouts.per_head import PerHead
@@ -73,7 +74,8 @@ class SparseAttention(nn.Module):
     """Block-sparse attention of one layer; owns the layer's mask parameters.
 
     The mask is computed once per forward of the transformer and kept, so that the recompute of
-    gradient checkpointing uses the same one; `reset` (called before each forward) drops it.
+    gradient checkpointing uses the same one; `reset` (called before each forward) drops it, unless
+    a backward is still to come (`Pending`).
     Clusters go on from the previous step of the same guidance branch, if `reset` names one.
     Parts of the method that hold parameters are copied for the layer. Those that learn get the
     gate gradient of the `band` of blocks around each row's threshold, which is kept likewise.
@@ -86,9 +88,7 @@ class SparseAttention(nn.Module):
         self.policy = _of_layer(method.policy, num_heads, head_dim)
         self.compensation = _of_layer(method.compensation, num_heads, head_dim)
         self.backend = method.backend
-        self.mask: BlockMask | None = None
-        self.band: Band | None = None
-        self.is_dense = False  # in this forward
+        self.kept: Kept | None = Kept()
         # found once: asking a protocol takes as long as launching several kernels
         self._gated = [p for p in (self.policy, self.estimator) if isinstance(p, Gated)]
         clusters = getattr(self.layout, "clusters", self.layout)
@@ -99,30 +99,43 @@ class SparseAttention(nn.Module):
         """Return the parts whose mask parameters train."""
         return [part for part in self._gated if any(p.requires_grad for p in part.parameters())]
 
+    @property
+    def mask(self) -> BlockMask | None:
+        """Return the mask of this forward, once it is chosen."""
+        return None if self.kept is None else self.kept.mask
+
+    @property
+    def band(self) -> Band | None:
+        """Return the blocks around each row's threshold, where the masks of this forward learn."""
+        return None if self.kept is None else self.kept.band
+
     def reset(
         self, branch: str | None = None, *, is_first: bool = False, is_dense: bool = False
     ) -> None:
         """Drop the mask; the next forward is a step of the guidance branch, or of none."""
-        self.mask = self.band = None
-        self.is_dense = is_dense
+        self.kept = Kept(is_dense)
         if self.codebooks is not None:
             self.codebooks.start(branch, is_first)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, timestep: Tensor) -> Tensor:
         """Return attention of q, k, v [B, H, S, D] in sequence order; timestep [B]."""
-        if self.is_dense:
+        kept = self.kept
+        if kept is None:
+            raise ValueError(
+                "retain_graph=True: allowed with gradient checkpointing until the model's next "
+                "forward, which drops the masks; run the forward again before this backward"
+            )
+        if kept.is_dense:
             return dense_attention(q, k, v)
-        if self.mask is None:
+        if kept.mask is None:
             with no_autocast(q):
                 q_layout, kv_layout = self._group(q, k, v, grid)
         else:
-            q_layout, kv_layout = self.mask.q_layout, self.mask.kv_layout
+            q_layout, kv_layout = kept.mask.q_layout, kept.mask.kv_layout
         q, k, v = permute_qkv(q_layout, kv_layout, q, k, v)
-        if self.mask is None:
-            self._choose(q, k, v, q_layout, kv_layout)
-        assert self.mask is not None
-        gate = self._gate(q, k, self.mask) if torch.is_grad_enabled() else None
-        return q_layout.unpermute(self.attend(q, k, v, self.mask, gate))
+        mask = kept.mask or self._choose(kept, q, k, v, q_layout, kv_layout)
+        gate = self._gate(q, k, kept.band, mask) if torch.is_grad_enabled() else None
+        return q_layout.unpermute(self.attend(q, k, v, mask, gate))
 
     def _group(
         self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid
@@ -142,8 +155,14 @@ class SparseAttention(nn.Module):
         return self.compensation(q, k, v, blocks, backend, gate)
 
     def _choose(
-        self, q: Tensor, k: Tensor, v: Tensor, q_layout: BlockLayout, kv_layout: BlockLayout
-    ) -> None:
+        self,
+        kept: Kept,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_layout: BlockLayout,
+        kv_layout: BlockLayout,
+    ) -> BlockMask:
         with torch.no_grad(), no_autocast(q):
             scores = self.estimator(q, k, v, q_layout, kv_layout)
             chosen = self.policy(scores)
@@ -151,16 +170,17 @@ class SparseAttention(nn.Module):
         if self.learning and (self.training or torch.is_grad_enabled()):
             side = max(part.side for part in self.learning)
             by_pair = not self.policy.counts_blocks
-            self.band = find_band(scores, chosen, side, by_pair=by_pair)
-        self.mask = keep_text(chosen)
+            kept.band = find_band(scores, chosen, side, by_pair=by_pair)
+        kept.mask = mask = keep_text(chosen)
         if self.codebooks is not None:
-            self.codebooks.observe(scores, self.mask, v)
+            self.codebooks.observe(scores, mask, v)
+        return mask
 
-    def _gate(self, q: Tensor, k: Tensor, mask: BlockMask) -> Gate | None:
-        if self.band is None:
+    def _gate(self, q: Tensor, k: Tensor, band: Band | None, mask: BlockMask) -> Gate | None:
+        if band is None:
             return None
-        gates = [part.gate(q, k, self.band, mask) for part in self.learning]
-        return Gate(torch.stack(gates).sum(0), self.band.column)
+        gates = [part.gate(q, k, band, mask) for part in self.learning]
+        return Gate(torch.stack(gates).sum(0), band.column)
 
 
 def check_backend(

@@ -39,10 +39,6 @@ class GatedCentroid(Fp32Module):
         super().__init__()
         self.log_gate = nn.Parameter(torch.zeros(num_heads))
 
-    def for_heads(self, num_heads: int, head_dim: int | None = None) -> Self:
-        """Return a compensation with a gate for each of the heads."""
-        return type(self)(num_heads=num_heads)
-
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, backend: str, gate: Gate | None
     ) -> Tensor:

@@ -1,6 +1,6 @@
 """SVG-EAR's routing: the blocks of most error for their cost, within the budget of a Top-p set."""
 
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -47,27 +47,26 @@ class ErrorBudget(Hybrid):
         super().__init__(k=k, p=p, num_heads=num_heads)
         if scope not in SCOPES:
             raise ValueError(f"scope={scope}: allowed is {', '.join(SCOPES)}; set scope=row")
-        if unit not in UNITS or (unit == "tokens" and p > 0):
-            raise ValueError(
-                f"unit={unit}, p={p}: allowed is {' or '.join(UNITS)}, and tokens with p=0 only; "
-                "set unit=blocks"
-            )
+        if unit not in UNITS:
+            raise ValueError(f"unit={unit}: allowed is {' or '.join(UNITS)}; set unit=blocks")
         if not 0 <= guaranteed <= 1:
             raise ValueError(
                 f"guaranteed={guaranteed}: allowed is a share of k from 0 to 1; e.g. guaranteed=0.5"
             )
         self.guaranteed, self.scope, self.unit = float(guaranteed), scope, unit
+        self._check_mass(self.p)
 
-    def for_heads(self, num_heads: int, head_dim: int | None = None) -> Self:
-        """Return a policy of the same budget with its own k and p for each of the heads."""
-        return type(self)(
-            k=float(self.k[0]),
-            p=float(self.p[0]),
-            guaranteed=self.guaranteed,
-            scope=self.scope,
-            unit=self.unit,
-            num_heads=num_heads,
-        )
+    def set_budget(self, k: Tensor, p: Tensor) -> None:
+        """Set each head's k and p, both [H]; p is 0 with unit "tokens"."""
+        self._check_mass(p)
+        super().set_budget(k, p)
+
+    def _check_mass(self, p: Tensor) -> None:
+        if self.unit == "tokens" and bool(p.any()):
+            raise ValueError(
+                f"p={p.tolist()}: allowed is 0 with unit=tokens, where k alone decides; set "
+                "unit=blocks, or policy=token_hybrid for a mass p with blocks of any size"
+            )
 
     def forward(self, scores: BlockScores) -> BlockMask:
         if scores.mass is None or (self.scope != "row" and scores.error is None):

@@ -1,7 +1,5 @@
 """Drop with SpargeAttention's second filter: values that weigh little are skipped as well."""
 
-from typing import Self
-
 import torch
 from torch import Tensor
 
@@ -24,10 +22,6 @@ class FilteredDrop(Fp32Module):
         super().__init__()
         limit = torch.full((num_heads,), float(skip_below))
         self.register_buffer("skip_below", _limit(limit))
-
-    def for_heads(self, num_heads: int, head_dim: int | None = None) -> Self:
-        """Return one with the same limit for each of the heads."""
-        return type(self)(skip_below=float(self.skip_below[0]), num_heads=num_heads)
 
     def set_limit(self, skip_below: Tensor) -> None:
         """Set each head's limit, [H], in units of the natural logarithm, at most 0."""

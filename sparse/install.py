@@ -7,10 +7,12 @@ from inspect import signature
 from types import MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gossamer.sparse.attention import SparseAttention
+from gossamer.sparse.kept import Pending
 from gossamer.sparse.models.context import AttentionContext
 from gossamer.sparse.trajectory import Trajectory
 
@@ -42,11 +44,13 @@ def install(model: nn.Module, family: ModuleType, make: Callable[[int, int], nn.
     A family may have a processor of its own for attention to the text, which stays what it is.
     """
     layers = dict(family.self_attentions(model))
-    device = next(model.parameters()).device
     made = {
-        name: make(layer.heads, layer.inner_dim // layer.heads).to(device)
-        for name, layer in layers.items()
+        name: make(layer.heads, layer.inner_dim // layer.heads) for name, layer in layers.items()
     }
+    for name, layer in layers.items():
+        device = next(layer.parameters()).device
+        if device.type != "meta":  # where offloading keeps weights, but numbers would be lost
+            made[name].to(device)
     originals = {name: layer.processor for name, layer in layers.items()}
     context = AttentionContext()
     for name, layer in layers.items():
@@ -55,26 +59,38 @@ def install(model: nn.Module, family: ModuleType, make: Callable[[int, int], nn.
         for name, layer in family.text_attentions(model):
             originals[name] = layer.processor
             layer.processor = family.TextProcessor(layer.processor)
-    hook = _fill_before_forward(model, family)
-    model.__dict__[RECORD] = Attachment(context, originals, [hook], made)
+    hooks = [_fill_before_forward(model, family), model.register_forward_hook(_await_backward)]
+    model.__dict__[RECORD] = Attachment(context, originals, hooks, made)
     if hasattr(model, "cache_context"):
         model.__dict__["cache_context"] = MethodType(_denoising_call, model)
+    if hasattr(model, "save_pretrained"):
+        model.__dict__["save_pretrained"] = _refuse_saving
+
+
+def _refuse_saving(*args: Any, **kwargs: Any) -> None:
+    """Raise in the place of diffusers' save_pretrained, which would lose the method."""
+    raise ValueError(
+        "save_pretrained: allowed is a model without gossamer's attention, which a saved model "
+        "cannot hold; call gossamer.detach first, or export a run with `gossamer export`"
+    )
 
 
 @contextmanager
 def _denoising_call(model: nn.Module, name: str, **kwargs: Any) -> Iterator[None]:
     """Do what diffusers' cache_context does, and note the guidance branch of the call.
 
-    Pipelines name their calls so ("cond", "uncond"), and some count the steps. Clusters are carried
-    from step to step of a branch, and forgotten at its first.
+    Pipelines name their calls so ("cond", "uncond"), and some say which step it is and its noise
+    level. Clusters are carried from step to step of a branch, and forgotten at its first.
     """
     record: Attachment = model.__dict__[RECORD]
-    record.context.branch, record.context.step_index = name, kwargs.get("step_index")
+    context = record.context
+    context.branch, context.step_index = name, kwargs.get("step_index")
+    context.sigma = kwargs.get("sigma")
     try:
         with type(model).cache_context(model, name, **kwargs):  # type: ignore[attr-defined]
             yield
     finally:
-        record.context.branch = record.context.step_index = None
+        context.branch = context.step_index = context.sigma = None
 
 
 def _fill_before_forward(model: nn.Module, family: ModuleType) -> RemovableHandle:
@@ -95,12 +111,27 @@ def _fill_before_forward(model: nn.Module, family: ModuleType) -> RemovableHandl
     return model.register_forward_pre_hook(fill, with_kwargs=True)
 
 
+def _await_backward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Hold the masks of a forward with gradients for its backward."""
+    if torch.is_grad_enabled() and output[0].requires_grad:
+        _hold_masks(module.__dict__[RECORD], output[0])
+
+
+@torch.compiler.disable
+def _hold_masks(record: Attachment, output: Tensor) -> None:
+    own = record.attentions.values()
+    output.register_hook(Pending([a for a in own if isinstance(a, SparseAttention)]).restore)
+
+
 def _place(record: Attachment, timestep: Tensor) -> tuple[int, bool]:
-    """Return which step of a run the next forward is, and whether it is the branch's first."""
-    context = record.context
-    if context.branch is not None and context.step_index is not None:
-        return record.trajectory.by_index(context.branch, context.step_index)
-    carries = context.branch is not None and record.needs_step
-    if carries or record.dense_steps:
-        return record.trajectory.by_timestep(context.branch, timestep)
-    return 0, False
+    """Return which step of a run the next forward is, and whether it is the branch's first.
+
+    Where the pipeline does not say the noise level, reading the timestep waits for the GPU.
+    """
+    context, trajectory = record.context, record.trajectory
+    if not record.needs_step or (context.branch is None and not record.dense_steps):
+        return 0, False
+    if context.branch is None or context.step_index is None:
+        return trajectory.by_level(context.branch, float(timestep.max()))
+    level = float(timestep.max()) if context.sigma is None else context.sigma
+    return trajectory.by_index(context.branch, context.step_index, level)

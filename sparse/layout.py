@@ -177,12 +177,12 @@ def runs(grid: TokenGrid, order: Tensor, block: int) -> BlockLayout:
 
     Text tokens get runs of their own before and after, whatever the order.
     """
-    return _with_text(grid, order, _run_sizes(grid.num_video, block), block)
+    return _with_text(grid, order, run_sizes(grid.num_video, block), block)
 
 
 def _with_text(grid: TokenGrid, video_order: Tensor, sizes: Tensor, block: int) -> BlockLayout:
     """Add blocks of text tokens before and after the video blocks."""
-    before, after = _run_sizes(grid.text_before, block), _run_sizes(grid.text_after, block)
+    before, after = run_sizes(grid.text_before, block), run_sizes(grid.text_after, block)
     text_after = torch.arange(grid.text_after) + grid.text_before + grid.num_video
     before_video = torch.arange(grid.text_before)
     order = torch.cat([before_video, video_order + grid.text_before, text_after])
@@ -201,7 +201,8 @@ def _with_text(grid: TokenGrid, video_order: Tensor, sizes: Tensor, block: int) 
     )
 
 
-def _run_sizes(tokens: int, block: int) -> Tensor:
+def run_sizes(tokens: int, block: int) -> Tensor:
+    """Return the sizes of runs of `block` tokens, the last of what is left, int64 [runs]."""
     full, rest = divmod(tokens, block)
     return torch.tensor([block] * full + [rest] * (rest > 0), dtype=torch.long)
 

@@ -29,6 +29,7 @@ def method_named(name: str, sparsity: float = 0.9, **layout: Any) -> SparseMetho
     MeanPool(similarity=0.6), Hybrid(k=0, p=0.9, keep_crossing=False), FilteredDrop()).
     svg1 takes the better of its two bands for each head. With e.g. max_error=0.5 a head that
     neither fits has blocks by MeanPool, within the same sparsity.
+    svg_ear scores blocks by the change of the output; ErrorAware(kind="keys") is as published.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(

@@ -1,7 +1,5 @@
 """Policies turn block scores into a block mask within a budget."""
 
-from typing import Self
-
 import torch
 from torch import Tensor, nn
 
@@ -35,15 +33,6 @@ class Hybrid(Fp32Module):
         self.keep_crossing = keep_crossing
         self.register_buffer("k", _share("k", torch.full((num_heads,), float(k))))
         self.register_buffer("p", _share("p", torch.full((num_heads,), float(p))))
-
-    def for_heads(self, num_heads: int, head_dim: int | None = None) -> Self:
-        """Return a policy of the same budget with its own k and p for each of the heads."""
-        return type(self)(
-            k=float(self.k[0]),
-            p=float(self.p[0]),
-            keep_crossing=self.keep_crossing,
-            num_heads=num_heads,
-        )
 
     def budget(self) -> tuple[Tensor, Tensor]:
         """Return the present k and p, fp32 [H] or [1]."""

@@ -165,6 +165,13 @@ class Calibrator:
                 "null with allocation=one_mass, which meets a density",
                 "choose another allocation, or give sparsity instead",
             )
+        if getattr(self.method.policy, "unit", "blocks") == "tokens":
+            raise Refusal(
+                "policy.unit",
+                "tokens",
+                "blocks with allocation=one_mass, which finds a mass p",
+                "set policy=token_hybrid for blocks of any size",
+            )
         floor = torch.full((len(self.gauge.layers), self.gauge.heads), k)
         low, high = 0.0, 1.0
         if float(self.gauge.sparse_density(floor, torch.zeros_like(floor)).mean()) > target + CLOSE:

@@ -16,8 +16,10 @@ class MeanPool:
     A mean stands for its block only if the tokens are alike. With `similarity`, the rows of q
     blocks and the columns of k blocks whose self-similarity is lower are computed exactly, beside
     the budget, and such columns take no part in the softmax. Self-similarity is the mean of the
-    Gram matrix of the normalised tokens, from 0 to 1. Since sum_ij x_i . x_j = |sum_i x_i|^2, that
-    is the squared length of the mean normalised token: no Gram matrix is formed.
+    Gram matrix of the normalised tokens, from 0 to 1, for k of those less their mean over the
+    sequence (as released: what all keys share makes them look alike, but moves no softmax). Since
+    sum_ij x_i . x_j = |sum_i x_i|^2, that is the squared length of the mean normalised token: no
+    Gram matrix is formed.
     """
 
     def __init__(self, *, similarity: float | None = None) -> None:
@@ -50,7 +52,7 @@ def self_similarity(
     q: Tensor, k: Tensor, q_layout: BlockLayout, kv_layout: BlockLayout
 ) -> tuple[Tensor, Tensor]:
     """Return the self-similarity of the blocks of q and of k, [B, H, Nq] and [B, H, Nk]."""
-    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    q, k = F.normalize(q, dim=-1), F.normalize(k - k.mean(-2, keepdim=True), dim=-1)
     q_mean, k_mean = _means(q, k, q_layout, kv_layout)
     return q_mean.square().sum(-1), k_mean.square().sum(-1)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gossamer.kernels.kmeans.op import cluster_order, kmeans
-from gossamer.sparse.layout import BlockLayout, RowMajor, TokenGrid, check_grid, positive
+from gossamer.sparse.layout import BlockLayout, RowMajor, TokenGrid, check_grid, positive, run_sizes
 
 _TOKENS_PER_Q, _TOKENS_PER_KV = 256, 64
 _TEXT_BLOCK = 128  # tokens of a block of text
@@ -122,7 +122,7 @@ class SemanticClusters(Clusters):
     block_shape = None
 
     def num_blocks(self, grid: TokenGrid) -> tuple[int, int]:
-        text = len(_text_sizes(grid.text_before)) + len(_text_sizes(grid.text_after))
+        text = sum(len(run_sizes(n, _TEXT_BLOCK)) for n in (grid.text_before, grid.text_after))
         q, k = self.counts(grid)
         return q + text, k + text
 
@@ -175,16 +175,16 @@ class SortedClusters(Clusters):
 
 def _own_blocks(labels: Tensor, num_clusters: int, grid: TokenGrid) -> BlockLayout:
     order, offsets = cluster_order(labels, num_clusters)
-    before, after = _text_sizes(grid.text_before), _text_sizes(grid.text_after)
+    before, after = (run_sizes(n, _TEXT_BLOCK) for n in (grid.text_before, grid.text_after))
 
-    def edges(sizes: list[int], first: int) -> Tensor:
-        ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32) + first
+    def edges(sizes: Tensor, first: int) -> Tensor:
+        ends = sizes.cumsum(0, dtype=torch.int32) + first
         return ends.to(offsets.device).expand(*offsets.shape[:-1], -1)
 
     start, end = grid.text_before, grid.text_before + grid.num_video
     parts = [offsets[..., :1], edges(before, 0), offsets[..., 1:] + start, edges(after, end)]
     text = None
-    if before or after:
+    if len(before) or len(after):
         text = torch.ones(len(before) + num_clusters + len(after), dtype=torch.bool)
         text[len(before) : len(before) + num_clusters] = False
         text = text.to(offsets.device)
@@ -230,8 +230,3 @@ def _with_text(order: Tensor, grid: TokenGrid) -> Tensor:
     token = torch.arange(grid.num_tokens, device=order.device).expand(*order.shape[:2], -1)
     start, end = grid.text_before, grid.text_before + grid.num_video
     return torch.cat([token[..., :start], order + start, token[..., end:]], -1)
-
-
-def _text_sizes(tokens: int) -> list[int]:
-    full, rest = divmod(tokens, _TEXT_BLOCK)
-    return [_TEXT_BLOCK] * full + [rest] * (rest > 0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.sparse import orders
+from gossamer.sparse.fp32 import of_heads
 from gossamer.sparse.layout import BlockLayout, Layout, TokenGrid, check_grid, positive, runs
 from gossamer.sparse.layouts.clusters import SortedClusters
 
@@ -119,7 +120,7 @@ class PerHead(nn.Module):
             kv_block=kv_block,
             num_heads=num_heads,
         )
-        made.choice.copy_(self.choice[:1].expand(num_heads))
+        made.choice.copy_(of_heads("choice", self.choice, num_heads))
         return made
 
     def set_choice(self, choice: Tensor) -> None:

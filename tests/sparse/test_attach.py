@@ -20,14 +20,18 @@ from gossamer.sparse.attach import (
     attentions,
     detach,
     families,
+    hit_rates,
     load_mask_state,
     load_policy,
     mask_state,
     method_from_spec,
     save_policy,
 )
+from gossamer.sparse.install import RECORD
+from gossamer.sparse.layout import TokenGrid
 
 diffusers = pytest.importorskip("diffusers")
+TRAINED = "gossamer.sparse.policies.TrainedHybrid"
 SPEC: dict[str, Any] = {
     "layout": {"_target_": "gossamer.sparse.layout.RowMajor", "q_block": 16, "kv_block": 8},
     "estimator": {"_target_": "gossamer.sparse.estimators.mean_pool.MeanPool"},
@@ -106,6 +110,26 @@ def test_a_pipeline_stands_for_its_transformer_and_two_transformers_are_refused(
     assert_untouched(model)
 
 
+def test_a_compiled_transformer_is_attached_and_detached_in_either_order() -> None:
+    method = method_from_spec(SPEC)
+    dense, expected = run(tiny_wan()), run(attach(tiny_wan(), method))
+    model = tiny_wan()
+    pipeline = SimpleNamespace(transformer=torch.compile(model, backend="eager"))
+    torch.testing.assert_close(run(pipeline.transformer), dense)
+    for _ in range(2):
+        assert attach(pipeline, method) is pipeline and attentions(pipeline) == attentions(model)
+        torch.testing.assert_close(run(pipeline.transformer), expected)
+        with pytest.raises(ValueError, match="call detach first"):
+            attach(pipeline.transformer, method)
+        assert hit_rates(pipeline) == {} and detach(pipeline.transformer) is pipeline.transformer
+        torch.testing.assert_close(run(pipeline.transformer), dense)
+    attach(model, method)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(run(compiled), expected)
+    detach(compiled)
+    assert_untouched(model)
+
+
 @pytest.mark.parametrize("source", [None, method_from_spec(SPEC)], ids=["dense", "sparse"])
 def test_a_deep_copy_is_a_model_of_its_own(source: Any) -> None:
     model = attach(tiny_wan(), source)
@@ -116,6 +140,53 @@ def test_a_deep_copy_is_a_model_of_its_own(source: Any) -> None:
     detach(clone)
     assert_untouched(clone)
     run(model, frames=3)
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["attach first", "offload first"])
+def test_an_offloaded_model_attends_with_the_same_masks(is_first: bool, tmp_path: Path) -> None:
+    from accelerate import cpu_offload
+
+    method = method_from_spec(SPEC)
+    model = attach(tiny_wan(), method)
+    for i, attention in enumerate(attentions(model).values()):
+        attention.policy.set_budget(torch.tensor([0.1, 0.4]) + 0.1 * i, torch.tensor([0.3, 0.0]))
+    save_policy(tmp_path, {"method": SPEC}, mask_state(model))
+    offloaded = tiny_wan()
+    if is_first:
+        attach(offloaded, tmp_path)
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))  # as a sequential offload does
+    if not is_first:
+        assert next(offloaded.parameters()).is_meta
+        attach(offloaded, tmp_path)
+    assert torch.equal(run(offloaded), run(model))
+    state = mask_state(offloaded)
+    assert all(torch.equal(state[name], x) for name, x in mask_state(model).items())
+    detach(offloaded)
+    assert torch.equal(run(offloaded), run(tiny_wan()))
+
+
+def test_saving_an_attached_model_is_refused(tmp_path: Path) -> None:
+    model = attach(tiny_wan(), method_from_spec(SPEC))
+    for attached in (model, copy.deepcopy(model), torch.compile(model)):
+        with pytest.raises(ValueError, match=r"^save_pretrained: allowed .*gossamer\.detach first"):
+            attached.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert "save_pretrained" not in detach(model).__dict__
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.state_dict().keys() == tiny_wan().state_dict().keys()
+
+
+def test_mask_numbers_follow_the_tokens_to_their_device() -> None:
+    method = method_from_spec(SPEC | {"policy": {"_target_": TRAINED, "k": 0.2}})
+    model = attach(tiny_wan(), method)
+    policy = attentions(model)["blocks.0.attn1"].policy
+    context = model.__dict__[RECORD].context
+    context.grid = TokenGrid(2, 4, 4)
+    q = torch.empty(1, 32, 2, 16, device="meta")  # stands for a GPU
+    context.attend(attentions(model)["blocks.0.attn1"], q, q, q)
+    assert policy.k.is_meta and policy.k_shift.is_meta
+    assert attentions(model)["blocks.1.attn1"].policy.k.device.type == "cpu"
 
 
 def test_a_saved_policy_gives_the_same_outputs(tmp_path: Path) -> None:

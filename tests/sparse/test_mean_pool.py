@@ -33,10 +33,18 @@ def gram(x, layout):
 def test_self_similarity_is_the_mean_of_the_gram_matrix(layout):
     q, k, _ = qkv()
     q_layout, kv_layout = layout.build(GRID)
-    for found, x, side in zip(
-        self_similarity(q, k, q_layout, kv_layout), (q, k), (q_layout, kv_layout), strict=True
-    ):
-        torch.testing.assert_close(found, gram(x, side))
+    q_alike, k_alike = self_similarity(q, k, q_layout, kv_layout)
+    torch.testing.assert_close(q_alike, gram(q, q_layout))
+    torch.testing.assert_close(k_alike, gram(k - k.mean(2, keepdim=True), kv_layout))
+
+
+def test_what_all_keys_share_does_not_make_them_alike():
+    q, k, v, layout, found = guarded(0.6)
+    shared = torch.full((16,), 20.0, dtype=k.dtype)
+    again = MeanPool(similarity=0.6)(q, k + shared, v, layout, layout)
+    assert torch.equal(again.forced, found.forced) and found.forced.any()
+    torch.testing.assert_close(again.score, found.score, rtol=1e-3, atol=1e-5)
+    assert (gram(k + shared, layout) > 0.6).all()  # as they would seem
 
 
 def guarded(theta):
@@ -52,7 +60,8 @@ def guarded(theta):
 
 def test_rows_and_columns_of_unlike_tokens_are_forced_and_leave_the_softmax():
     q, k, _, layout, found = guarded(0.6)
-    rows, columns = gram(q, layout) < 0.6, gram(k, layout) < 0.6
+    rows = gram(q, layout) < 0.6
+    columns = gram(k - k.mean(2, keepdim=True), layout) < 0.6
     assert rows.any() and columns.any() and not rows.all() and not columns.all()
     assert torch.equal(found.forced, rows[..., :, None] | columns[..., None, :])
     means = [x.unflatten(2, (9, 8)).mean(3) for x in (q, k)]
@@ -89,12 +98,14 @@ def test_everything_selected_equals_dense_attention(grid, theta):
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v))
 
 
-def test_constant_inputs_are_alike_and_give_finite_scores():
+def test_constant_blocks_are_alike_and_give_finite_scores():
     x = torch.ones(1, 1, 72, 16)
+    k = x * torch.tensor([1.0, -1.0, 0.0]).repeat(3).repeat_interleave(8)[:, None]
     layout, _ = RowMajor(q_block=8, kv_block=8).build(GRID)
-    found = MeanPool(similarity=0.9)(x, x, x, layout, layout)
-    assert not found.forced.any()
-    torch.testing.assert_close(found.score, torch.full((1, 1, 9, 9), 1 / 9))
+    found = MeanPool(similarity=0.9)(x, k, x, layout, layout)
+    expected = torch.tensor([False, False, True]).repeat(3).expand(1, 1, 9, 9)
+    assert torch.equal(found.forced, expected)  # the third kind of keys is the mean: no direction
+    assert found.score.isfinite().all() and (found.score > 0)[~expected].all()
     nothing = MeanPool(similarity=0.9)(0 * x, 0 * x, x, layout, layout)  # no direction: not alike
     assert nothing.forced.all() and nothing.score.isfinite().all()
 

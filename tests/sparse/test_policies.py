@@ -1,9 +1,13 @@
 import pytest
 import torch
 
+from gossamer.sparse.error_budget import ErrorBudget
+from gossamer.sparse.filtered_drop import FilteredDrop
 from gossamer.sparse.layout import RowMajor, TokenGrid
+from gossamer.sparse.layouts.per_head import PerHead
 from gossamer.sparse.mask import BlockMask, BlockScores, keep_text
-from gossamer.sparse.policies import Hybrid
+from gossamer.sparse.policies import Hybrid, TrainedHybrid
+from gossamer.sparse.token_share import TokenHybrid
 
 
 def scores(score, q_tokens=None, kv_tokens=None):
@@ -149,6 +153,30 @@ def test_each_head_has_its_own_budget():
     policy = Hybrid().for_heads(3)
     policy.set_budget(torch.tensor([0.25, 0.5, 1.0]), torch.zeros(3))
     assert kept(policy, random_scores(3))[0, :, 0].tolist() == [3, 6, 12]
+
+
+@pytest.mark.parametrize("made", [Hybrid, TrainedHybrid, TokenHybrid, ErrorBudget])
+def test_budgets_given_for_each_head_are_those_of_every_layer(made):
+    policy = made(num_heads=3)
+    k, p = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.0, 0.5, 0.6])
+    policy.set_budget(k, p)
+    layers = [policy.for_heads(3) for _ in range(2)]
+    layers[0].set_budget(k / 2, p / 2)
+    assert torch.equal(layers[1].k, k) and torch.equal(layers[1].p, p)
+    assert torch.equal(made(k=0.4).for_heads(3).k, torch.full((3,), 0.4))
+    with pytest.raises(ValueError, match=r"^k\w*=\[0.*allowed is one .* each of the 2 heads"):
+        policy.for_heads(2)
+
+
+def test_limits_and_orders_given_for_each_head_are_kept_as_well():
+    drop, layout = FilteredDrop(num_heads=2), PerHead(num_heads=2)
+    drop.set_limit(torch.tensor([-3.0, -7.0]))
+    layout.set_choice(torch.tensor([1, 3]))
+    assert drop.for_heads(2).skip_below.tolist() == [-3.0, -7.0]
+    assert layout.for_heads(2).choice.tolist() == [1, 3]
+    for part, name in ((drop, "skip_below"), (layout, "choice")):
+        with pytest.raises(ValueError, match=rf"^{name}=.*allowed is one number for all heads"):
+            part.for_heads(5)
 
 
 def test_a_cast_of_the_model_leaves_the_budgets_alone():

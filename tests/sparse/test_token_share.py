@@ -135,6 +135,14 @@ def test_equal_blocks_differ_by_one_block_a_row_at_most(share):
 
 
 def test_a_unit_that_is_none_or_has_a_mass_is_refused():
-    for wrong in ({"unit": "pairs"}, {"unit": "tokens", "p": 0.5}):
-        with pytest.raises(ValueError, match=r"unit=.*allowed is blocks or tokens.*; "):
-            ErrorBudget(**wrong)
+    with pytest.raises(ValueError, match=r"^unit=pairs: allowed is blocks or tokens; "):
+        ErrorBudget(unit="pairs")
+    policy, k = ErrorBudget(unit="tokens", num_heads=2), torch.tensor([0.2, 0.3])
+    for make in (
+        lambda: ErrorBudget(unit="tokens", p=0.5, num_heads=2),
+        lambda: policy.set_budget(k, torch.tensor([0.0, 0.5])),
+    ):
+        with pytest.raises(ValueError, match=r"^p=\[.*0\.5\]: allowed is 0 with unit=tokens.*; "):
+            make()
+    assert policy.k.tolist() == pytest.approx([0.1, 0.1])
+    policy.set_budget(k, torch.zeros(2))

@@ -88,7 +88,7 @@ def recorded(pipe):
 
     def note(layer):
         def hook(module, args, out):
-            seen.append((layer, 1.0 if module.is_dense else float(module.mask.density.mean())))
+            seen.append((layer, 1.0 if module.kept.is_dense else float(module.mask.density.mean())))
 
         return hook
 

@@ -90,8 +90,46 @@ def test_a_loaded_pipeline_makes_the_same_video_each_time(run: Any) -> None:
     assert video.shape == (3, 8, 32, 64) and float(video.abs().max()) <= 1
     assert torch.equal(video, pipeline("a square", **options, seed=4))
     assert not torch.equal(video, pipeline("a square", **options, seed=5))
-    with pytest.raises(Refusal, match="pass the first frame"):
-        pipeline("a square")
+    own_size = {key: options[key] for key in ("first_frame", "frames", "steps")}
+    assert torch.equal(video, pipeline("a square", **own_size, seed=4))
+
+
+@pytest.mark.parametrize(
+    ("condition", "options", "said"),
+    [
+        ("first_frame", {}, "first_frame=None: .*; pass the first frame"),
+        ("first_last", {"first_frame": (3, 32, 64)}, "last_frame=None: .*; pass the last frame"),
+        ("none", {"first_frame": (3, 32, 64)}, r"first_frame=\[3, 32, 64\]: allowed is None with"),
+        (
+            "first_frame",
+            {"first_frame": (3, 32, 64), "last_frame": (3, 32, 64)},
+            "last_frame=.*: allowed is None with a model of condition=first_frame",
+        ),
+        (
+            "first_frame",
+            {"first_frame": (3, 32, 64), "height": 64},
+            r"first_frame=\[3, 32, 64\]: allowed is a frame \[3, 64, 64\]; resize",
+        ),
+        (
+            "first_last",
+            {"first_frame": (3, 32, 64), "last_frame": (3, 32, 32)},
+            r"last_frame=\[3, 32, 32\]: allowed is a frame \[3, 32, 64\]; resize",
+        ),
+    ],
+)
+def test_frames_that_the_model_or_the_size_do_not_take_are_refused(
+    run: Any, condition: str, options: dict[str, Any], said: str
+) -> None:
+    pipeline = gossamer.load_pipeline(run.folder / "export")
+    pipeline.condition = condition
+    given = {k: torch.zeros(v) if isinstance(v, tuple) else v for k, v in options.items()}
+    with pytest.raises(Refusal, match=f"^{said}"):
+        pipeline("a square", **given)
+
+
+def test_what_a_latent_pipeline_would_drop_is_refused(run: Any) -> None:
+    with pytest.raises(Refusal, match=r"^torch_dtype=torch\.bfloat16: allowed is no argument"):
+        gossamer.load_pipeline(run.folder / "export", torch_dtype=torch.bfloat16)
 
 
 def test_the_export_describes_itself(run: Any) -> None:
@@ -194,6 +232,10 @@ def test_a_dense_run_exports_a_plain_model(lab: Any) -> None:
 def test_a_folder_that_is_no_export_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="an export with model_index"):
         gossamer.load_pipeline(tmp_path)
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()  # an exported adapter
+    with pytest.raises(Refusal, match=r"load_lora_adapter\('.*gossamer\.attach\(pipe, '") as error:
+        gossamer.load_pipeline(tmp_path)
+    assert "a LoRA adapter" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.fixture

@@ -47,6 +47,10 @@ def test_one_mass_refuses_what_it_cannot_meet(make_job: Any) -> None:
         calibrator.run(OneMass(k=0.5), sparsity=0.9)
     with pytest.raises(Refusal, match="null with allocation=one_mass"):
         calibrator.run(OneMass(), error_budget=0.1)
+    tokens = {"policy": "error_budget", "policy__unit": "tokens", "estimator": "error_aware"}
+    said = r"policy\.unit=tokens: allowed is blocks with allocation=one_mass"
+    with pytest.raises(Refusal, match=said):
+        make_job(**tokens).own_calibrator().run(OneMass(), sparsity=0.5)
     with pytest.raises(ValueError, match=r"k=1\.5: allowed is a share"):
         OneMass(k=1.5)
 
