@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from gossamer.train.config import fingerprint, require_complete
 from gossamer.train.files import write_atomic
 from gossamer.train.redact import redact
+from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import STARTS, check_run_dir
 from gossamer.train.study.record import Results
 from gossamer.train.sweep_plan import Job, Launch, plan, split
@@ -85,7 +86,7 @@ def _sweep(
     results = Results(Path(launch.results)) if launch.results else None
     outcomes = {job.label: skipped for job in jobs if (skipped := _skipped(job, folder, results))}
     todo = [job for job in jobs if job.label not in outcomes]
-    _check(todo, launch.mixed_precision)
+    _check(todo, launch)
     folder.mkdir(parents=True, exist_ok=True)
     deadline = None if launch.time_limit is None else start + launch.time_limit
     ended = (
@@ -98,11 +99,7 @@ def _sweep(
             bar.update()
             bar.set_postfix_str(job.label)
             if outcome.status == "finished" and results is not None:
-                shared = sharing(launch.workers or 1)
-                results.add(job.label, redact(job.swept), job.cfg, outcome.seconds, shared)
-                if not launch.keep_checkpoints:
-                    for seed_dir in (job.run_dir, *job.run_dir.glob("repeats/*")):
-                        shutil.rmtree(seed_dir / "checkpoints", ignore_errors=True)
+                outcome = _kept(job, outcome, results, launch)
             outcomes[job.label] = outcome
             _write_summary(folder, [outcomes[j.label] for j in jobs if j.label in outcomes])
             log.info("%s: %s %s", job.label, outcome.status, outcome.error)
@@ -133,12 +130,16 @@ def launch_command(launch: Launch, overrides: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", *options, *module]
 
 
-def _check(jobs: Sequence[Job], mixed_precision: str) -> None:
+def _check(jobs: Sequence[Job], launch: Launch) -> None:
     from gossamer.train.check import preflight
 
     for job in tqdm(jobs, desc="check", unit="job", leave=False):
         require_complete(job.cfg)
-        preflight(job.cfg, list(job.cfg.stages), precision=mixed_precision)
+        stages = list(job.cfg.stages)
+        if launch.results and "evaluate" not in stages:
+            fix = "add evaluate, or leave out sweep.results"
+            raise Refusal("stages", stages, "stages with evaluate for sweep.results", fix)
+        preflight(job.cfg, stages, precision=launch.mixed_precision)
         check_run_dir(job.cfg, job.run_dir)  # two calls whose jobs have the same labels
 
 
@@ -180,6 +181,20 @@ def _share_out(
             yield job, _entry(job, folder, "stopped", round(done.seconds, 1))
             continue
         yield job, _ended(job, folder, done.code, done.seconds, before[job.label])
+
+
+def _kept(job: Job, outcome: Outcome, results: Results, launch: Launch) -> Outcome:
+    """Add a finished job to the results; one that cannot be added has failed."""
+    shared = sharing(launch.workers or 1)
+    try:
+        results.add(job.label, redact(job.swept), job.cfg, outcome.seconds, shared)
+    except Exception as error:  # whatever a job left behind, the next one is another matter
+        said = " ".join(f"{type(error).__name__} {error}".split())
+        return replace(outcome, status="failed", error=redact(f"not in sweep.results: {said}"))
+    if not launch.keep_checkpoints:
+        for seed_dir in (job.run_dir, *job.run_dir.glob("repeats/*")):
+            shutil.rmtree(seed_dir / "checkpoints", ignore_errors=True)
+    return outcome
 
 
 def _ended(job: Job, folder: Path, code: int, seconds: float, log_start: int) -> Outcome:

@@ -141,6 +141,7 @@ def test_a_sweep_without_failures_returns_zero(started: list[list[str]], tmp_pat
         (["seed=1,2", "sweep.num_processes=0"], "at least 1"),
         (["seed=1,2", "sweep.mixed_precision=fp16"], "no, bf16"),
         (["seed=1,2", "sweep.processes=2"], "did you mean num_processes?"),
+        (["seed=1,2", "stages=[calibrate]", "sweep.results=found.jsonl"], "stages with evaluate"),
     ],
 )
 def test_nothing_starts_when_one_job_is_wrong(
@@ -197,6 +198,25 @@ def test_the_checkpoints_of_all_seeds_of_a_finished_job_go_if_they_are_not_to_be
     kept = [f"sweep.results={tmp_path}/found.jsonl", "sweep.keep_checkpoints=false"]
     assert sweep([f"runs_dir='{tmp_path}'", "seed=choice(1)", *kept]) == 0
     assert not any(folder.exists() for folder in folders)
+
+
+def test_a_job_whose_results_cannot_be_kept_fails_alone(
+    started: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(run_dir: Path) -> dict[str, Any]:
+        if run_dir.name == "seed=1":
+            raise ValueError("a file\nof two lines")
+        return {"metrics": {}}
+
+    monkeypatch.setattr("gossamer.train.study.record.record", record)
+    checkpoints = tmp_path / "default-sweep" / "seed=1" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    kept = [f"sweep.results={tmp_path}/found.jsonl", "sweep.keep_checkpoints=false"]
+    assert sweep([f"runs_dir='{tmp_path}'", "seed=1,2", *kept]) == 1
+    first, second = summary(tmp_path / "default-sweep")
+    assert (first["status"], second["status"]) == ("failed", "finished")
+    assert first["error"] == "not in sweep.results: ValueError a file of two lines"
+    assert checkpoints.is_dir() and len((tmp_path / "found.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.multi

@@ -1,13 +1,14 @@
 """What a study keeps of each job: one line of JSON, small enough to carry hundreds home."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
-import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from gossamer.train.config import fingerprint
@@ -15,6 +16,7 @@ from gossamer.train.refusal import Refusal
 from gossamer.train.report import headline
 from gossamer.train.reporting.run import Run
 from gossamer.train.run_dir import FREE_KEYS, PLACE_KEYS
+from gossamer.train.trackers import MetricsLog
 
 DIGITS = 5
 # Of the evaluation; what is left out is large and can be measured again.
@@ -126,25 +128,26 @@ def record(run_dir: Path) -> dict[str, Any]:
 
 def training(metrics: Path) -> dict[str, Any]:
     """Return curve [[step, seconds of training until then, error]], step time, loss, memory."""
-    if not metrics.is_file():
+    rows = {row["step"]: row for row in MetricsLog(metrics).rows()}
+    if not rows:
         return {}
-    rows = {row["step"]: row for row in map(json.loads, metrics.read_text().splitlines())}
     curve, spent = [], 0.0
     for step in sorted(rows):
-        spent += rows[step].get("step_seconds") or 0.0
+        spent += rows[step].get("step_seconds", 0.0)
         if "heldout_error" in rows[step]:
             curve.append([step, spent, rows[step]["heldout_error"]])
     steps = [row for step, row in sorted(rows.items()) if step > 0]
     if not steps:
         return {"curve": curve}
+    losses = [row["loss"] for row in steps[-20:] if math.isfinite(row["loss"])]
     found = {
         "curve": curve,
         "steps": len(steps),
         "seconds": spent,
-        "step_seconds": float(np.median([row["step_seconds"] for row in steps])),
-        "data_seconds": float(np.median([row["data_seconds"] for row in steps])),
+        "step_seconds": median(row["step_seconds"] for row in steps),
+        "data_seconds": median(row["data_seconds"] for row in steps),
         "density": [steps[0]["density"], steps[-1]["density"]],
-        "last_loss": float(np.mean([row["loss"] for row in steps[-20:]])),
+        "last_loss": fmean(losses) if losses else math.nan,
     }
     memory = [row["peak_memory_gib"] for row in steps if "peak_memory_gib" in row]
     return found | ({"peak_memory_gib": max(memory)} if memory else {})
@@ -157,5 +160,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(child) for child in value]
     if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if np.isfinite(value) else None
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return value
