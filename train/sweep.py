@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from typing import Any, Literal
 from hydra.core.override_parser.types import Override
 from tqdm import tqdm
 
+from gossamer.train import workers
 from gossamer.train.config import fingerprint, require_complete
 from gossamer.train.files import write_atomic
 from gossamer.train.redact import redact
@@ -30,7 +30,7 @@ from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import STARTS, check_run_dir
 from gossamer.train.study.record import Results
 from gossamer.train.sweep_plan import Job, Launch, plan, split
-from gossamer.train.workers import Pool, Task, own_environment, sharing
+from gossamer.train.workers import Pool, Task, sharing
 
 log = logging.getLogger(__name__)
 
@@ -145,20 +145,13 @@ def _check(jobs: Sequence[Job], launch: Launch) -> None:
 
 def _one_by_one(jobs: Sequence[Job], launch: Launch, folder: Path) -> Iterator[tuple[Job, Outcome]]:
     """Start an `accelerate launch` for each job, and say how it went."""
-    environment = own_environment()
     for job in jobs:
         begun = time.monotonic()
         job.run_dir.mkdir(parents=True, exist_ok=True)
         log_file = job.run_dir / LOG
         before = log_file.stat().st_size if log_file.is_file() else 0
         with log_file.open("ab") as stream:
-            code = subprocess.run(
-                launch_command(launch, job.overrides),
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-            ).returncode
+            code = workers.launch(launch_command(launch, job.overrides), stream)
         yield job, _ended(job, folder, code, time.monotonic() - begun, before)
 
 
