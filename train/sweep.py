@@ -30,14 +30,14 @@ from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import STARTS, check_run_dir
 from gossamer.train.study.record import Results
 from gossamer.train.sweep_plan import Job, Launch, plan, split
-from gossamer.train.workers import Pool, Task, sharing
+from gossamer.train.workers import KILLED, Pool, Task, sharing
 
 log = logging.getLogger(__name__)
 
 RESULT, LOG = "result.json", "log.txt"
 _ERROR = re.compile(r"(\[rank\d+\]:\s*)?(error: |[\w.]*(Error|Exception|Interrupt)\b)")
 _LAUNCHERS_ERROR = re.compile(r"CalledProcessError|ChildFailedError")
-STOPPED = (130, 143)  # exit codes of a worker's job that was told to stop
+STOPPED = (130, 143, KILLED)  # exit codes of a worker's job that was told to stop
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def sweep(overrides: Sequence[str], *, only_show: bool = False) -> int:
     launch, swept, constant = split(overrides)
     is_shared_out = bool(launch.workers) and not only_show
     # the workers import while the jobs are planned
-    options = launch.workers, launch.mixed_precision, launch.velocities
+    options = launch.workers, launch.mixed_precision, launch.velocities, launch.grace
     with Pool(*options) if is_shared_out else nullcontext() as pool:
         return _sweep(launch, swept, constant, start, pool, only_show=only_show)
 
@@ -92,7 +92,7 @@ def _sweep(
     ended = (
         _one_by_one(todo, launch, folder)
         if pool is None
-        else _share_out(todo, pool, folder, deadline)
+        else _share_out(todo, pool, folder, deadline, launch.grace)
     )
     with tqdm(total=len(jobs), initial=len(outcomes), desc="sweep", unit="job") as bar:
         for job, outcome in ended:
@@ -151,12 +151,12 @@ def _one_by_one(jobs: Sequence[Job], launch: Launch, folder: Path) -> Iterator[t
         log_file = job.run_dir / LOG
         before = log_file.stat().st_size if log_file.is_file() else 0
         with log_file.open("ab") as stream:
-            code = workers.launch(launch_command(launch, job.overrides), stream)
+            code = workers.launch(launch_command(launch, job.overrides), stream, launch.grace)
         yield job, _ended(job, folder, code, time.monotonic() - begun, before)
 
 
 def _share_out(
-    jobs: Sequence[Job], pool: Pool, folder: Path, deadline: float | None
+    jobs: Sequence[Job], pool: Pool, folder: Path, deadline: float | None, grace: float
 ) -> Iterator[tuple[Job, Outcome]]:
     """Let workers do the jobs until the time is out, and say how each went."""
     if not jobs:
@@ -171,7 +171,9 @@ def _share_out(
     for done in pool.run(tasks, deadline):
         job = known[done.task.name]
         if done.code in STOPPED:
-            yield job, _entry(job, folder, "stopped", round(done.seconds, 1))
+            lost = "its steps since the last checkpoint are lost"
+            error = f"killed after {grace:g} s of grace: {lost}" if done.code == KILLED else ""
+            yield job, _entry(job, folder, "stopped", round(done.seconds, 1), error=error)
             continue
         yield job, _ended(job, folder, done.code, done.seconds, before[job.label])
 

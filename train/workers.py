@@ -22,7 +22,7 @@ LEAST = 5.0  # seconds left below which no job is begun
 COMMAND = [sys.executable, "-m", "gossamer.train.worker"]
 # Set by a launcher for its own children; a job of a sweep is nobody's child.
 _LAUNCHER = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_\w+|TORCHELASTIC_\w+")
-GRACE = 45.0  # seconds that a job which is told to stop may take to save its step
+KILLED = 128 + signal.SIGKILL  # code of a job that was told to stop, and did not in time
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,10 @@ class Done:
 class Pool:
     """Processes that each do one job after the other; a dead one is replaced."""
 
-    def __init__(self, count: int, mixed_precision: str, velocities: str | None = None) -> None:
+    def __init__(
+        self, count: int, mixed_precision: str, velocities: str | None = None, grace: float = 120.0
+    ) -> None:
+        self._grace = grace
         self._command = COMMAND if velocities is None else [*COMMAND, velocities]
         self._environments = [_environment(i, count, mixed_precision) for i in range(count)]
         self._processes: dict[int, subprocess.Popen[str]] = {}
@@ -95,7 +98,7 @@ class Pool:
                 yield found
 
     def stop(self) -> None:
-        """Tell all workers to stop, once; after a while of grace, end them."""
+        """Tell all workers to stop, once; kill those that still run after the seconds of grace."""
         with self._lock:
             processes = list(self._processes.values())
             is_told = self._stopping.is_set()
@@ -103,7 +106,7 @@ class Pool:
         for process in processes:
             if not is_told and process.poll() is None:
                 process.send_signal(signal.SIGTERM)
-        end = time.monotonic() + GRACE
+        end = time.monotonic() + self._grace
         try:
             for process in processes:
                 with suppress(subprocess.TimeoutExpired):
@@ -146,7 +149,7 @@ class Pool:
                 if code is None:
                     code = process.wait()
                     if self._stopping.is_set():
-                        code = 128 + signal.SIGTERM
+                        code = KILLED if code == -signal.SIGKILL else 128 + signal.SIGTERM
                     else:
                         process = self._start(place)
                 ended.put(Done(task, code, time.monotonic() - start))
@@ -157,11 +160,12 @@ class Pool:
                 process.stdin.close()
 
 
-def launch(command: Sequence[str], log: IO[bytes]) -> int:
+def launch(command: Sequence[str], log: IO[bytes], grace: float) -> int:
     """Start a job's launcher and return its exit code; an interrupt here stops the job first.
 
-    A launcher that is told to stop ends before the training that it started. All of them have one
-    end of a socket as stdin, and the other end tells when the last of them is gone.
+    The job has the seconds of grace to stop. A launcher that is told to stop ends before the
+    training that it started. All of them have one end of a socket as stdin, and the other end tells
+    when the last of them is gone.
     """
     ours, theirs = socket.socketpair()
     ours.shutdown(socket.SHUT_WR)  # nothing to read for the job
@@ -181,7 +185,7 @@ def launch(command: Sequence[str], log: IO[bytes]) -> int:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
             try:
-                select.select([ours], [], [], GRACE)
+                select.select([ours], [], [], grace)
             finally:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)

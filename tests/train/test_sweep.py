@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from gossamer.train import sweep as module
+from gossamer.train import workers
 from gossamer.train.config import compose, fingerprint, save_config
 from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import CONFIG
@@ -198,6 +199,24 @@ def test_the_checkpoints_of_all_seeds_of_a_finished_job_go_if_they_are_not_to_be
     kept = [f"sweep.results={tmp_path}/found.jsonl", "sweep.keep_checkpoints=false"]
     assert sweep([f"runs_dir='{tmp_path}'", "seed=choice(1)", *kept]) == 0
     assert not any(folder.exists() for folder in folders)
+
+
+def test_a_worker_that_had_to_be_killed_is_told_and_its_job_is_left(
+    started: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    script = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    monkeypatch.setattr(workers, "COMMAND", [sys.executable, "-c", script])
+    monkeypatch.setattr(workers, "LEAST", 0.0)
+    caplog.set_level("INFO", "gossamer")
+    limits = ["sweep.workers=1", "sweep.time_limit=10", "sweep.grace=0.5"]
+    assert sweep([f"runs_dir='{tmp_path}'", "seed=1,2", *limits]) == 0
+    first, second = summary(tmp_path / "default-sweep")
+    assert (first["status"], second["status"]) == ("stopped", "left")
+    lost = "killed after 0.5 s of grace: its steps since the last checkpoint are lost"
+    assert first["error"] == lost and "2 of 2 jobs are left" in caplog.text
 
 
 def test_a_job_whose_results_cannot_be_kept_fails_alone(

@@ -15,7 +15,7 @@ import gossamer
 from gossamer.train import worker, workers
 from gossamer.train.interrupt import Terminated, terminable
 from gossamer.train.refusal import DiskFailed, Refusal
-from gossamer.train.workers import Pool, Task
+from gossamer.train.workers import KILLED, Pool, Task
 
 SCRIPT = """
 import json, os, signal, sys, time
@@ -29,7 +29,9 @@ for line in sys.stdin:
     try:
         if word == "die":
             os._exit(7)
-        if word == "sleep":
+        if word == "ignore":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if word in ("sleep", "ignore"):
             time.sleep(float(rest[0]))
         if word == "code":
             code = int(rest[0])
@@ -103,6 +105,17 @@ def test_at_the_deadline_jobs_in_hand_stop_and_the_others_wait(tmp_path: Path) -
     assert time.monotonic() - start < 30
 
 
+def test_a_job_that_does_not_stop_within_the_grace_is_told_from_one_that_did(
+    tmp_path: Path,
+) -> None:
+    start = time.monotonic()
+    with Pool(2, "no", grace=3) as pool:
+        jobs = tasks(tmp_path, "ignore 60", "sleep 60")
+        found = {done.task.name: done.code for done in pool.run(jobs, start + 3)}
+    assert found == {"0 ignore 60": KILLED, "1 sleep 60": 143}
+    assert time.monotonic() - start < 30
+
+
 def test_leaving_the_pool_ends_its_workers(tmp_path: Path) -> None:
     with pytest.raises(KeyError), Pool(2, "no") as pool:
         for _ in pool.run(tasks(tmp_path, "a", "sleep 60", "sleep 60"), None):
@@ -125,12 +138,12 @@ def lives(pid: int) -> bool:
         return False
 
 
-def launch_until_terminated(script: str, log: Path) -> None:
+def launch_until_terminated(script: str, log: Path, grace: float) -> None:
     """Launch a training, and send SIGTERM to this process once it has begun."""
     told = threading.Thread(target=lambda: begun(log) and os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Terminated), terminable(), log.with_suffix(".said").open("wb") as said:
         told.start()
-        workers.launch([sys.executable, "-c", LAUNCHER, script, str(log)], said)
+        workers.launch([sys.executable, "-c", LAUNCHER, script, str(log)], said, grace)
     told.join()
 
 
@@ -152,15 +165,12 @@ def test_a_ctrl_c_in_the_terminal_reaches_a_worker_as_one_sigterm(
 def test_a_training_told_to_stop_may_save_after_its_launcher_ended(
     importable: None, tmp_path: Path
 ) -> None:
-    launch_until_terminated(TRAINING, tmp_path / "log")
+    launch_until_terminated(TRAINING, tmp_path / "log", 60)
     assert (tmp_path / "log").read_text() == "saved at SIGTERM"
 
 
-def test_a_training_that_does_not_stop_is_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(workers, "GRACE", 0.5)
-    launch_until_terminated(STUBBORN, tmp_path / "log")
+def test_a_training_that_does_not_stop_is_killed(tmp_path: Path) -> None:
+    launch_until_terminated(STUBBORN, tmp_path / "log", 0.5)
     pid, end = int((tmp_path / "log").read_text()), time.monotonic() + 30
     while lives(pid) and time.monotonic() < end:
         time.sleep(0.01)
