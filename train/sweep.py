@@ -84,7 +84,7 @@ def _sweep(
         sys.stdout.write("".join(lines))
         return 0
     results = Results(Path(launch.results)) if launch.results else None
-    outcomes = {job.label: skipped for job in jobs if (skipped := _skipped(job, folder, results))}
+    outcomes = {o.job: o for job in jobs if (o := _skipped(job, folder, results, launch))}
     todo = [job for job in jobs if job.label not in outcomes]
     _check(todo, launch)
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,6 +141,11 @@ def _check(jobs: Sequence[Job], launch: Launch) -> None:
             raise Refusal("stages", stages, "stages with evaluate for sweep.results", fix)
         preflight(job.cfg, stages, precision=launch.mixed_precision)
         check_run_dir(job.cfg, job.run_dir)  # two calls whose jobs have the same labels
+        there = _result(job).get("mixed_precision", launch.mixed_precision)
+        if there != launch.mixed_precision and job.cfg.resume != "force":
+            allowed = f"{there}, as in {job.run_dir}"
+            fix = "set name=NEW, or resume=force to go on in the new precision"
+            raise Refusal("sweep.mixed_precision", launch.mixed_precision, allowed, fix)
 
 
 def _one_by_one(jobs: Sequence[Job], launch: Launch, folder: Path) -> Iterator[tuple[Job, Outcome]]:
@@ -180,9 +185,15 @@ def _share_out(
 
 def _kept(job: Job, outcome: Outcome, results: Results, launch: Launch) -> Outcome:
     """Add a finished job to the results; one that cannot be added has failed."""
-    shared = sharing(launch.workers or 1)
     try:
-        results.add(job.label, redact(job.swept), job.cfg, outcome.seconds, shared)
+        results.add(
+            job.label,
+            redact(job.swept),
+            job.cfg,
+            outcome.seconds,
+            sharing=sharing(launch.workers or 1),
+            precision=launch.mixed_precision,
+        )
     except Exception as error:  # whatever a job left behind, the next one is another matter
         said = " ".join(f"{type(error).__name__} {error}".split())
         return replace(outcome, status="failed", error=redact(f"not in sweep.results: {said}"))
@@ -198,13 +209,14 @@ def _ended(job: Job, folder: Path, code: int, seconds: float, log_start: int) ->
         said = (job.run_dir / LOG).read_bytes()[log_start:].decode("utf-8", "replace")
         error = f"exit code {code}: {_last_error(said)}"
         return _entry(job, folder, "failed", seconds, error=error)
-    return _entry(job, folder, "finished", seconds, _finished(job) or {})
+    return _entry(job, folder, "finished", seconds, _result(job).get("metrics"))
 
 
-def _skipped(job: Job, folder: Path, results: Results | None) -> Outcome | None:
+def _skipped(job: Job, folder: Path, results: Results | None, launch: Launch) -> Outcome | None:
     """Return the outcome of a job that an earlier call finished, else None."""
-    metrics = results.metrics_of(job.cfg) if results is not None else _finished(job)
-    return None if metrics is None else _entry(job, folder, "skipped", None, metrics)
+    precision = launch.mixed_precision
+    found = _finished(job, precision) if results is None else results.metrics_of(job.cfg, precision)
+    return None if found is None else _entry(job, folder, "skipped", None, found)
 
 
 def _entry(
@@ -221,14 +233,18 @@ def _entry(
     )
 
 
-def _finished(job: Job) -> dict[str, Any] | None:
+def _finished(job: Job, precision: str) -> dict[str, Any] | None:
     """Return the metrics of a job that finished with the same config, else nothing."""
-    path = job.run_dir / RESULT
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = _result(job)
     same = result.get("config_fingerprint") == fingerprint(job.cfg)
+    same = same and result.get("mixed_precision", precision) == precision
     return result.get("metrics", {}) if same and result.get("finished") else None
+
+
+def _result(job: Job) -> dict[str, Any]:
+    path = job.run_dir / RESULT
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return found
 
 
 def _last_error(said: str) -> str:

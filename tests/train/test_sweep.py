@@ -113,6 +113,22 @@ def test_a_call_whose_folders_hold_jobs_of_another_one_is_refused_before_any_sta
     assert sweep([*lines, "sparsity=0.95"]) == 0
 
 
+def test_a_job_finished_in_another_precision_is_not_taken_for_done(
+    started: list[list[str]], tmp_path: Path
+) -> None:
+    overrides = [f"runs_dir='{tmp_path}'", "seed=choice(1)"]
+    bf16, forced = "sweep.mixed_precision=bf16", "resume=force"
+    path = tmp_path / "default-sweep" / "seed=1" / "result.json"
+    assert sweep([*overrides, forced]) == 0
+    assert sweep([*overrides, forced, bf16]) == 0
+    assert len(started) == 1, "a result of an earlier version does not tell its precision"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "mixed_precision": "no"}))
+    assert sweep([*overrides, forced]) == 0 and len(started) == 1
+    with pytest.raises(Refusal, match=r"sweep\.mixed_precision=bf16: allowed is no, as in"):
+        sweep([*overrides, "resume=auto", bf16])
+    assert sweep([*overrides, forced, bf16]) == 0 and len(started) == 2
+
+
 def test_jobs_are_checked_with_the_precision_that_they_will_have(
     started: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +207,7 @@ def test_the_fingerprint_of_parent_and_child_agree(
 def test_the_checkpoints_of_all_seeds_of_a_finished_job_go_if_they_are_not_to_be_kept(
     started: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module.Results, "add", lambda *_: None)
+    monkeypatch.setattr(module.Results, "add", lambda *_, **__: None)
     job = tmp_path / "default-sweep" / "seed=1"
     folders = [job / "checkpoints", job / "repeats" / "seed-5" / "checkpoints"]
     for folder in folders:

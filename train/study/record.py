@@ -47,14 +47,14 @@ class Results:
 
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
-        """Return all whole lines; of one job the last."""
+        """Return all whole lines; of one job in one precision the last."""
         found = {}
         for line in self.path.read_text().splitlines() if self.path.is_file() else ():
             try:
                 row = json.loads(line)
             except ValueError:  # cut short by a kill
                 continue
-            found[row["fingerprint"]] = row
+            found[row["fingerprint"], row.get("precision")] = row
         return list(found.values())
 
     @staticmethod
@@ -66,10 +66,14 @@ class Results:
         free = (*PLACE_KEYS, *FREE_KEYS, "compile", "compile_tuned")
         return fingerprint(cfg, ["stages", *(key for key in map(str, cfg) if key not in free)])
 
-    def metrics_of(self, cfg: DictConfig) -> dict[str, Any] | None:
-        """Return the headline figures of a job that is in the file, or None."""
+    def metrics_of(self, cfg: DictConfig, precision: str) -> dict[str, Any] | None:
+        """Return the headline figures of a job that is in the file, or None.
+
+        A line without a precision, of an earlier version, is taken for any.
+        """
         own = self.identity(cfg)
-        return next((row["metrics"] for row in self.lines if row["fingerprint"] == own), None)
+        lines = [row for row in self.lines if row.get("precision", precision) == precision]
+        return next((row["metrics"] for row in lines if row["fingerprint"] == own), None)
 
     def add(
         self,
@@ -77,7 +81,9 @@ class Results:
         overrides: Mapping[str, Any],
         cfg: DictConfig,
         seconds: float | None,
-        sharing: int = 1,
+        *,
+        sharing: int,
+        precision: str,
     ) -> None:
         """Append the line of a finished job; `sharing` jobs ran on its device at the same time."""
         row = {
@@ -87,6 +93,7 @@ class Results:
             "settings": {key: OmegaConf.select(cfg, key) for key in SETTINGS},
             "seconds": seconds,
             "sharing": sharing,
+            "precision": precision,
             **record(Path(cfg.run_dir)),
         }
         text = json.dumps(_plain(row), separators=(",", ":"))
@@ -97,7 +104,7 @@ class Results:
         self.lines.append(row)
 
     def required(self) -> list[dict[str, Any]]:
-        """Return the lines; Refusal where there are none."""
+        """Return the lines; Refusal where there are none, or some of another precision."""
         if not self.lines:
             raise Refusal(
                 "results",
@@ -105,6 +112,10 @@ class Results:
                 "a file of `gossamer sweep sweep.results=FILE`",
                 "run the study first",
             )
+        precisions = sorted({row["precision"] for row in self.lines if "precision" in row})
+        if len(precisions) > 1:
+            allowed = f"lines of one precision (there: {', '.join(precisions)})"
+            raise Refusal("results", self.path, allowed, "give each sweep.results of its own")
         return self.lines
 
 
