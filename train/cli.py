@@ -29,8 +29,10 @@ FLAGS = {
 }
 SWEEP = """\
   sweep.num_processes=1         processes of each run
+  sweep.mixed_precision=bf16    or no; what was found in one is not taken for the other
   sweep.workers=N               N processes that do one run after the other, one to a GPU
   sweep.time_limit=SECONDS      with workers: stop in time; the same command goes on
+  sweep.grace=120               seconds that a run told to stop may take to save its step
   sweep.velocities=FOLDER       with workers: runs that draw the same samples ask the teacher once
   sweep.arms=all                the arms of the recipe (recipes/NAME/arms.yaml), or names of some
   sweep.results=FILE.jsonl      keep a line for each finished run; runs in it are not done again

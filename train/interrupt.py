@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ENDS = (signal.SIGTERM, signal.SIGHUP)
 ECHO = 5.0  # seconds
 
 
 class Terminated(BaseException):
-    """SIGTERM, as KeyboardInterrupt is SIGINT."""
+    """SIGTERM or SIGHUP, as KeyboardInterrupt is SIGINT."""
 
 
 class Stop:
@@ -65,12 +66,12 @@ def stoppable() -> Iterator[Stop]:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Raise Terminated at SIGTERM."""
+    """Raise Terminated at SIGTERM, and at the SIGHUP of a terminal that closes."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    with _handled(end, SIGNALS[:1]):
+    with _handled(end, ENDS):
         yield
 
 

@@ -53,8 +53,10 @@ def _encode_data(job: "Job") -> None:
     # Built here, not job.text: a large text encoder must not stay on the device for the training.
     codec, text = (build(job.cfg[name]).to(job.device) for name in ("codec", "text"))
     # Only while encoding: finished data may be read by many runs at once.
-    lock = nullcontext() if Manifest.load(folder) else RunLock(folder, "data.dir")
-    with lock:
+    # A worker waits for another one that encodes the same, and finds it there.
+    is_worker = job.kept is not None
+    is_there = Manifest.load(folder) is not None
+    with nullcontext() if is_there else RunLock(folder, "data.dir", wait=is_worker):
         manifest = encode(
             job.cfg.data.source,
             folder,

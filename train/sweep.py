@@ -10,12 +10,11 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
@@ -23,20 +22,22 @@ from typing import Any, Literal
 from hydra.core.override_parser.types import Override
 from tqdm import tqdm
 
+from gossamer.train import workers
 from gossamer.train.config import fingerprint, require_complete
 from gossamer.train.files import write_atomic
 from gossamer.train.redact import redact
+from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import STARTS, check_run_dir
 from gossamer.train.study.record import Results
 from gossamer.train.sweep_plan import Job, Launch, plan, split
-from gossamer.train.workers import Pool, Task, own_environment, sharing
+from gossamer.train.workers import KILLED, Pool, Task, sharing
 
 log = logging.getLogger(__name__)
 
 RESULT, LOG = "result.json", "log.txt"
 _ERROR = re.compile(r"(\[rank\d+\]:\s*)?(error: |[\w.]*(Error|Exception|Interrupt)\b)")
 _LAUNCHERS_ERROR = re.compile(r"CalledProcessError|ChildFailedError")
-STOPPED = (130, 143)  # exit codes of a worker's job that was told to stop
+STOPPED = (130, 143, KILLED)  # exit codes of a worker's job that was told to stop
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def sweep(overrides: Sequence[str], *, only_show: bool = False) -> int:
     launch, swept, constant = split(overrides)
     is_shared_out = bool(launch.workers) and not only_show
     # the workers import while the jobs are planned
-    options = launch.workers, launch.mixed_precision, launch.velocities
+    options = launch.workers, launch.mixed_precision, launch.velocities, launch.grace
     with Pool(*options) if is_shared_out else nullcontext() as pool:
         return _sweep(launch, swept, constant, start, pool, only_show=only_show)
 
@@ -83,26 +84,22 @@ def _sweep(
         sys.stdout.write("".join(lines))
         return 0
     results = Results(Path(launch.results)) if launch.results else None
-    outcomes = {job.label: skipped for job in jobs if (skipped := _skipped(job, folder, results))}
+    outcomes = {o.job: o for job in jobs if (o := _skipped(job, folder, results, launch))}
     todo = [job for job in jobs if job.label not in outcomes]
-    _check(todo, launch.mixed_precision)
+    _check(todo, launch)
     folder.mkdir(parents=True, exist_ok=True)
     deadline = None if launch.time_limit is None else start + launch.time_limit
     ended = (
         _one_by_one(todo, launch, folder)
         if pool is None
-        else _share_out(todo, pool, folder, deadline)
+        else _share_out(todo, pool, folder, deadline, launch.grace)
     )
     with tqdm(total=len(jobs), initial=len(outcomes), desc="sweep", unit="job") as bar:
         for job, outcome in ended:
             bar.update()
             bar.set_postfix_str(job.label)
             if outcome.status == "finished" and results is not None:
-                shared = sharing(launch.workers or 1)
-                results.add(job.label, redact(job.swept), job.cfg, outcome.seconds, shared)
-                if not launch.keep_checkpoints:
-                    for seed_dir in (job.run_dir, *job.run_dir.glob("repeats/*")):
-                        shutil.rmtree(seed_dir / "checkpoints", ignore_errors=True)
+                outcome = _kept(job, outcome, results, launch)
             outcomes[job.label] = outcome
             _write_summary(folder, [outcomes[j.label] for j in jobs if j.label in outcomes])
             log.info("%s: %s %s", job.label, outcome.status, outcome.error)
@@ -133,36 +130,38 @@ def launch_command(launch: Launch, overrides: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", *options, *module]
 
 
-def _check(jobs: Sequence[Job], mixed_precision: str) -> None:
+def _check(jobs: Sequence[Job], launch: Launch) -> None:
     from gossamer.train.check import preflight
 
     for job in tqdm(jobs, desc="check", unit="job", leave=False):
         require_complete(job.cfg)
-        preflight(job.cfg, list(job.cfg.stages), precision=mixed_precision)
+        stages = list(job.cfg.stages)
+        if launch.results and "evaluate" not in stages:
+            fix = "add evaluate, or leave out sweep.results"
+            raise Refusal("stages", stages, "stages with evaluate for sweep.results", fix)
+        preflight(job.cfg, stages, precision=launch.mixed_precision)
         check_run_dir(job.cfg, job.run_dir)  # two calls whose jobs have the same labels
+        there = _result(job).get("mixed_precision", launch.mixed_precision)
+        if there != launch.mixed_precision and job.cfg.resume != "force":
+            allowed = f"{there}, as in {job.run_dir}"
+            fix = "set name=NEW, or resume=force to go on in the new precision"
+            raise Refusal("sweep.mixed_precision", launch.mixed_precision, allowed, fix)
 
 
 def _one_by_one(jobs: Sequence[Job], launch: Launch, folder: Path) -> Iterator[tuple[Job, Outcome]]:
     """Start an `accelerate launch` for each job, and say how it went."""
-    environment = own_environment()
     for job in jobs:
         begun = time.monotonic()
         job.run_dir.mkdir(parents=True, exist_ok=True)
         log_file = job.run_dir / LOG
         before = log_file.stat().st_size if log_file.is_file() else 0
         with log_file.open("ab") as stream:
-            code = subprocess.run(
-                launch_command(launch, job.overrides),
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-            ).returncode
+            code = workers.launch(launch_command(launch, job.overrides), stream, launch.grace)
         yield job, _ended(job, folder, code, time.monotonic() - begun, before)
 
 
 def _share_out(
-    jobs: Sequence[Job], pool: Pool, folder: Path, deadline: float | None
+    jobs: Sequence[Job], pool: Pool, folder: Path, deadline: float | None, grace: float
 ) -> Iterator[tuple[Job, Outcome]]:
     """Let workers do the jobs until the time is out, and say how each went."""
     if not jobs:
@@ -177,9 +176,31 @@ def _share_out(
     for done in pool.run(tasks, deadline):
         job = known[done.task.name]
         if done.code in STOPPED:
-            yield job, _entry(job, folder, "stopped", round(done.seconds, 1))
+            lost = "its steps since the last checkpoint are lost"
+            error = f"killed after {grace:g} s of grace: {lost}" if done.code == KILLED else ""
+            yield job, _entry(job, folder, "stopped", round(done.seconds, 1), error=error)
             continue
         yield job, _ended(job, folder, done.code, done.seconds, before[job.label])
+
+
+def _kept(job: Job, outcome: Outcome, results: Results, launch: Launch) -> Outcome:
+    """Add a finished job to the results; one that cannot be added has failed."""
+    try:
+        results.add(
+            job.label,
+            redact(job.swept),
+            job.cfg,
+            outcome.seconds,
+            sharing=sharing(launch.workers or 1),
+            precision=launch.mixed_precision,
+        )
+    except Exception as error:  # whatever a job left behind, the next one is another matter
+        said = " ".join(f"{type(error).__name__} {error}".split())
+        return replace(outcome, status="failed", error=redact(f"not in sweep.results: {said}"))
+    if not launch.keep_checkpoints:
+        for seed_dir in (job.run_dir, *job.run_dir.glob("repeats/*")):
+            shutil.rmtree(seed_dir / "checkpoints", ignore_errors=True)
+    return outcome
 
 
 def _ended(job: Job, folder: Path, code: int, seconds: float, log_start: int) -> Outcome:
@@ -188,13 +209,14 @@ def _ended(job: Job, folder: Path, code: int, seconds: float, log_start: int) ->
         said = (job.run_dir / LOG).read_bytes()[log_start:].decode("utf-8", "replace")
         error = f"exit code {code}: {_last_error(said)}"
         return _entry(job, folder, "failed", seconds, error=error)
-    return _entry(job, folder, "finished", seconds, _finished(job) or {})
+    return _entry(job, folder, "finished", seconds, _result(job).get("metrics"))
 
 
-def _skipped(job: Job, folder: Path, results: Results | None) -> Outcome | None:
+def _skipped(job: Job, folder: Path, results: Results | None, launch: Launch) -> Outcome | None:
     """Return the outcome of a job that an earlier call finished, else None."""
-    metrics = results.metrics_of(job.cfg) if results is not None else _finished(job)
-    return None if metrics is None else _entry(job, folder, "skipped", None, metrics)
+    precision = launch.mixed_precision
+    found = _finished(job, precision) if results is None else results.metrics_of(job.cfg, precision)
+    return None if found is None else _entry(job, folder, "skipped", None, found)
 
 
 def _entry(
@@ -211,14 +233,18 @@ def _entry(
     )
 
 
-def _finished(job: Job) -> dict[str, Any] | None:
+def _finished(job: Job, precision: str) -> dict[str, Any] | None:
     """Return the metrics of a job that finished with the same config, else nothing."""
-    path = job.run_dir / RESULT
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = _result(job)
     same = result.get("config_fingerprint") == fingerprint(job.cfg)
+    same = same and result.get("mixed_precision", precision) == precision
     return result.get("metrics", {}) if same and result.get("finished") else None
+
+
+def _result(job: Job) -> dict[str, Any]:
+    path = job.run_dir / RESULT
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return found
 
 
 def _last_error(said: str) -> str:

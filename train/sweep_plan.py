@@ -1,6 +1,7 @@
 """What a sweep is asked for: how its jobs are started, and a config for each of them."""
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Launch:
     arms: Any = None  # names of the recipe's arms, or all
     workers: int = 0  # processes that each do many jobs, one to a GPU; 0: a launch for each job
     time_limit: float | None = None  # seconds, after which jobs in hand stop and save; with workers
+    grace: float = 120.0  # seconds that a job which is told to stop may take to save its step
     results: str | None = None  # a .jsonl file that keeps what each job found
     velocities: str | None = None  # a folder in which workers share the teacher's
     keep_checkpoints: bool = True  # false: delete those of a job whose results are kept
@@ -69,7 +71,8 @@ def _launch(settings: dict[str, Any]) -> Launch:
         "mixed_precision": ("no, bf16", lambda x: x in ("no", "bf16")),
         "arms": ("all, or names of the recipe's arms", lambda x: isinstance(x, str | list)),
         "workers": ("a whole number of at least 0", lambda x: _is_count(x, 0)),
-        "time_limit": ("seconds above 0", lambda x: isinstance(x, int | float) and x > 0),
+        "time_limit": ("seconds above 0", _is_seconds),
+        "grace": ("seconds above 0", _is_seconds),
         "results": ("a path that ends in .jsonl", lambda x: str(x).endswith(".jsonl")),
         "velocities": ("a path", lambda x: isinstance(x, str)),
         "keep_checkpoints": ("true or false", lambda x: isinstance(x, bool)),
@@ -91,6 +94,10 @@ def _launch(settings: dict[str, Any]) -> Launch:
     if not launch.keep_checkpoints and not launch.results:
         raise Refusal("sweep.keep_checkpoints", False, "true without results", "give results")
     return launch
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _is_count(value: Any, least: int) -> bool:

@@ -68,13 +68,14 @@ def _check_begun(folder: Path, begun: str) -> None:
 def _begin(job: "Job", folder: Path, held: ExitStack) -> bool:
     """Verify a finished cache, and say that it is one.
 
-    Else lock the folder, note what is begun, and clear files made for other things.
+    Else lock the folder, which a worker of a sweep waits for and then looks again, note what is
+    begun, and clear files made for other things.
     """
-    if (folder / MANIFEST).is_file():
-        VelocityCache.open(folder).verify(job, samples=0)
-        log.info("%s is already of this teacher and data, and verified: nothing to do", folder)
+    if _is_finished(job, folder):
         return True
-    held.enter_context(RunLock(folder, "teacher.path"))
+    held.enter_context(RunLock(folder, "teacher.path", wait=job.kept is not None))
+    if _is_finished(job, folder):
+        return True
     values = {
         "request": {**request_of(job.cfg), "teacher": digest(job.dense_on_cpu())},
         "precision": str(job.accelerator.mixed_precision),
@@ -86,6 +87,14 @@ def _begin(job: "Job", folder: Path, held: ExitStack) -> bool:
             file.unlink()
     write_atomic(begun, text)
     return False
+
+
+def _is_finished(job: "Job", folder: Path) -> bool:
+    if not (folder / MANIFEST).is_file():
+        return False
+    VelocityCache.open(folder).verify(job, samples=0)
+    log.info("%s is already of this teacher and data, and verified: nothing to do", folder)
+    return True
 
 
 def _write_files(job: "Job", folder: Path) -> None:

@@ -4,7 +4,9 @@ import json
 import os
 import queue
 import re
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,13 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 LEAST = 5.0  # seconds left below which no job is begun
 COMMAND = [sys.executable, "-m", "gossamer.train.worker"]
 # Set by a launcher for its own children; a job of a sweep is nobody's child.
 _LAUNCHER = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_\w+|TORCHELASTIC_\w+")
-GRACE = 45.0  # seconds that a job which is told to stop may take to save its step
+KILLED = 128 + signal.SIGKILL  # code of a job that was told to stop, and did not in time
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ class Done:
 class Pool:
     """Processes that each do one job after the other; a dead one is replaced."""
 
-    def __init__(self, count: int, mixed_precision: str, velocities: str | None = None) -> None:
+    def __init__(
+        self, count: int, mixed_precision: str, velocities: str | None = None, grace: float = 120.0
+    ) -> None:
+        self._grace = grace
         self._command = COMMAND if velocities is None else [*COMMAND, velocities]
         self._environments = [_environment(i, count, mixed_precision) for i in range(count)]
         self._processes: dict[int, subprocess.Popen[str]] = {}
@@ -93,18 +98,21 @@ class Pool:
                 yield found
 
     def stop(self) -> None:
-        """Tell all workers to stop; after a while of grace, end them."""
-        self._stopping.set()
+        """Tell all workers to stop, once; kill those that still run after the seconds of grace."""
         with self._lock:
             processes = list(self._processes.values())
+            is_told = self._stopping.is_set()
+            self._stopping.set()
         for process in processes:
-            if process.poll() is None:
+            if not is_told and process.poll() is None:
                 process.send_signal(signal.SIGTERM)
-        end = time.monotonic() + GRACE
-        for process in processes:
-            try:
-                process.wait(max(0.1, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
+        end = time.monotonic() + self._grace
+        try:
+            for process in processes:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.1, end - time.monotonic()))
+        finally:  # also at a second Ctrl-C
+            for process in processes:
                 process.kill()
 
     def _start(self, place: int) -> subprocess.Popen[str]:
@@ -114,6 +122,7 @@ class Pool:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # a Ctrl-C is for this process, which tells the worker once
         )
         with self._lock:
             self._processes[place] = process
@@ -140,7 +149,7 @@ class Pool:
                 if code is None:
                     code = process.wait()
                     if self._stopping.is_set():
-                        code = 128 + signal.SIGTERM
+                        code = KILLED if code == -signal.SIGKILL else 128 + signal.SIGTERM
                     else:
                         process = self._start(place)
                 ended.put(Done(task, code, time.monotonic() - start))
@@ -149,6 +158,39 @@ class Pool:
             assert process.stdin is not None
             with suppress(BrokenPipeError):  # of a worker that died
                 process.stdin.close()
+
+
+def launch(command: Sequence[str], log: IO[bytes], grace: float) -> int:
+    """Start a job's launcher and return its exit code; an interrupt here stops the job first.
+
+    The job has the seconds of grace to stop. A launcher that is told to stop ends before the
+    training that it started. All of them have one end of a socket as stdin, and the other end tells
+    when the last of them is gone.
+    """
+    ours, theirs = socket.socketpair()
+    ours.shutdown(socket.SHUT_WR)  # nothing to read for the job
+    with ours:
+        with theirs:
+            process = subprocess.Popen(
+                command,
+                env=own_environment(),
+                stdin=theirs.fileno(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            return process.wait()
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            try:
+                select.select([ours], [], [], grace)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            raise
 
 
 def own_environment() -> dict[str, str]:

@@ -75,6 +75,7 @@ def test_unknown_arms_and_recipes_without_arms_are_refused(recipe: Path) -> None
         (["sweep.workers=2", "sweep.num_processes=2"], "0 with num_processes above 1"),
         (["sweep.velocities=here"], "none without workers"),
         (["sweep.time_limit=5"], "nothing without workers"),
+        (["sweep.workers=1", "sweep.grace=0"], "seconds above 0"),
         (["sweep.results=found.json"], "ends in .jsonl"),
         (["sweep.keep_checkpoints=false"], "give results"),
     ],

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from gossamer.train import sweep as module
+from gossamer.train import workers
 from gossamer.train.config import compose, fingerprint, save_config
 from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import CONFIG
@@ -112,6 +113,22 @@ def test_a_call_whose_folders_hold_jobs_of_another_one_is_refused_before_any_sta
     assert sweep([*lines, "sparsity=0.95"]) == 0
 
 
+def test_a_job_finished_in_another_precision_is_not_taken_for_done(
+    started: list[list[str]], tmp_path: Path
+) -> None:
+    overrides = [f"runs_dir='{tmp_path}'", "seed=choice(1)"]
+    bf16, forced = "sweep.mixed_precision=bf16", "resume=force"
+    path = tmp_path / "default-sweep" / "seed=1" / "result.json"
+    assert sweep([*overrides, forced]) == 0
+    assert sweep([*overrides, forced, bf16]) == 0
+    assert len(started) == 1, "a result of an earlier version does not tell its precision"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "mixed_precision": "no"}))
+    assert sweep([*overrides, forced]) == 0 and len(started) == 1
+    with pytest.raises(Refusal, match=r"sweep\.mixed_precision=bf16: allowed is no, as in"):
+        sweep([*overrides, "resume=auto", bf16])
+    assert sweep([*overrides, forced, bf16]) == 0 and len(started) == 2
+
+
 def test_jobs_are_checked_with_the_precision_that_they_will_have(
     started: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +158,7 @@ def test_a_sweep_without_failures_returns_zero(started: list[list[str]], tmp_pat
         (["seed=1,2", "sweep.num_processes=0"], "at least 1"),
         (["seed=1,2", "sweep.mixed_precision=fp16"], "no, bf16"),
         (["seed=1,2", "sweep.processes=2"], "did you mean num_processes?"),
+        (["seed=1,2", "stages=[calibrate]", "sweep.results=found.jsonl"], "stages with evaluate"),
     ],
 )
 def test_nothing_starts_when_one_job_is_wrong(
@@ -189,7 +207,7 @@ def test_the_fingerprint_of_parent_and_child_agree(
 def test_the_checkpoints_of_all_seeds_of_a_finished_job_go_if_they_are_not_to_be_kept(
     started: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module.Results, "add", lambda *_: None)
+    monkeypatch.setattr(module.Results, "add", lambda *_, **__: None)
     job = tmp_path / "default-sweep" / "seed=1"
     folders = [job / "checkpoints", job / "repeats" / "seed-5" / "checkpoints"]
     for folder in folders:
@@ -197,6 +215,43 @@ def test_the_checkpoints_of_all_seeds_of_a_finished_job_go_if_they_are_not_to_be
     kept = [f"sweep.results={tmp_path}/found.jsonl", "sweep.keep_checkpoints=false"]
     assert sweep([f"runs_dir='{tmp_path}'", "seed=choice(1)", *kept]) == 0
     assert not any(folder.exists() for folder in folders)
+
+
+def test_a_worker_that_had_to_be_killed_is_told_and_its_job_is_left(
+    started: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    script = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    monkeypatch.setattr(workers, "COMMAND", [sys.executable, "-c", script])
+    monkeypatch.setattr(workers, "LEAST", 0.0)
+    caplog.set_level("INFO", "gossamer")
+    limits = ["sweep.workers=1", "sweep.time_limit=10", "sweep.grace=0.5"]
+    assert sweep([f"runs_dir='{tmp_path}'", "seed=1,2", *limits]) == 0
+    first, second = summary(tmp_path / "default-sweep")
+    assert (first["status"], second["status"]) == ("stopped", "left")
+    lost = "killed after 0.5 s of grace: its steps since the last checkpoint are lost"
+    assert first["error"] == lost and "2 of 2 jobs are left" in caplog.text
+
+
+def test_a_job_whose_results_cannot_be_kept_fails_alone(
+    started: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(run_dir: Path) -> dict[str, Any]:
+        if run_dir.name == "seed=1":
+            raise ValueError("a file\nof two lines")
+        return {"metrics": {}}
+
+    monkeypatch.setattr("gossamer.train.study.record.record", record)
+    checkpoints = tmp_path / "default-sweep" / "seed=1" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    kept = [f"sweep.results={tmp_path}/found.jsonl", "sweep.keep_checkpoints=false"]
+    assert sweep([f"runs_dir='{tmp_path}'", "seed=1,2", *kept]) == 1
+    first, second = summary(tmp_path / "default-sweep")
+    assert (first["status"], second["status"]) == ("failed", "finished")
+    assert first["error"] == "not in sweep.results: ValueError a file of two lines"
+    assert checkpoints.is_dir() and len((tmp_path / "found.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.multi

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,23 @@ def test_a_cache_that_another_run_writes_is_refused(cached: Any, tmp_path: Path)
         write_cache(cached(), folder)
     write_cache(cached(), folder)
     cached().teacher()
+
+
+def test_a_worker_of_a_sweep_waits_for_the_cache_that_another_writes(
+    written: Path, cached: Any
+) -> None:
+    before = {f: f.stat().st_mtime_ns for f in written.glob("*.safetensors")}
+    unfinished, other = (written / MANIFEST).rename(written / "later"), RunLock(written)
+    with ExitStack() as held:
+        held.enter_context(other)
+        held.callback(unfinished.rename, written / MANIFEST)
+        finish = threading.Timer(0.5, held.pop_all().close)
+    job = cached()
+    job.kept = {}
+    finish.start()
+    write_cache(job, written)
+    assert not unfinished.exists(), "it waited"
+    assert {f: f.stat().st_mtime_ns for f in written.glob("*.safetensors")} == before
 
 
 def test_files_begun_for_other_noise_do_not_stay(

@@ -1,8 +1,8 @@
 """What a report reads of a run: its evaluation, calibration, metrics and resolved config."""
 
 import json
+import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gossamer.train.refusal import Refusal
+from gossamer.train.trackers import MetricsLog
 
 Array = NDArray[np.float64]
 
@@ -114,11 +115,7 @@ def _read_curves(folder: Path) -> dict[str, dict[str, Array]]:
     )
     files = {_label(folder / "config.yaml"): folder / "metrics.jsonl"}
     files |= {path.parent.name.replace("-", " "): path for path in repeats}
-    curves = {
-        label: _columns(path.read_text().splitlines())
-        for label, path in files.items()
-        if path.is_file()
-    }
+    curves = {label: _columns(MetricsLog(path).rows()) for label, path in files.items()}
     return {label: columns for label, columns in curves.items() if len(columns["step"])}
 
 
@@ -128,22 +125,12 @@ def _label(config: Path) -> str:
     return f"seed {seed[1]}" if seed else "this run"
 
 
-def _columns(lines: Iterable[str]) -> dict[str, Array]:
+def _columns(rows: list[dict[str, Any]]) -> dict[str, Array]:
     """Return the metrics by name; of a step that a resume repeated the last row counts."""
-    rows: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # a row cut short when the process was killed
-            continue
-        if row["step"] > 0:  # row 0 is the held-out error of the start alone
-            rows[row["step"]] = row
-    ordered = [rows[step] for step in sorted(rows)]
+    # row 0 is the held-out error of the start alone
+    by_step = {row["step"]: row for row in rows if row["step"] > 0}
+    ordered = [by_step[step] for step in sorted(by_step)]
     return {
-        name: np.array([_number(row.get(name)) for row in ordered], dtype=np.float64)
+        name: np.array([row.get(name, math.nan) for row in ordered], dtype=np.float64)
         for name in ("step", *METRICS)
     }
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else float(value)

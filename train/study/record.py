@@ -1,13 +1,14 @@
 """What a study keeps of each job: one line of JSON, small enough to carry hundreds home."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
-import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from gossamer.train.config import fingerprint
@@ -15,6 +16,7 @@ from gossamer.train.refusal import Refusal
 from gossamer.train.report import headline
 from gossamer.train.reporting.run import Run
 from gossamer.train.run_dir import FREE_KEYS, PLACE_KEYS
+from gossamer.train.trackers import MetricsLog
 
 DIGITS = 5
 # Of the evaluation; what is left out is large and can be measured again.
@@ -45,14 +47,14 @@ class Results:
 
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
-        """Return all whole lines; of one job the last."""
+        """Return all whole lines; of one job in one precision the last."""
         found = {}
         for line in self.path.read_text().splitlines() if self.path.is_file() else ():
             try:
                 row = json.loads(line)
             except ValueError:  # cut short by a kill
                 continue
-            found[row["fingerprint"]] = row
+            found[row["fingerprint"], row.get("precision")] = row
         return list(found.values())
 
     @staticmethod
@@ -64,10 +66,14 @@ class Results:
         free = (*PLACE_KEYS, *FREE_KEYS, "compile", "compile_tuned")
         return fingerprint(cfg, ["stages", *(key for key in map(str, cfg) if key not in free)])
 
-    def metrics_of(self, cfg: DictConfig) -> dict[str, Any] | None:
-        """Return the headline figures of a job that is in the file, or None."""
+    def metrics_of(self, cfg: DictConfig, precision: str) -> dict[str, Any] | None:
+        """Return the headline figures of a job that is in the file, or None.
+
+        A line without a precision, of an earlier version, is taken for any.
+        """
         own = self.identity(cfg)
-        return next((row["metrics"] for row in self.lines if row["fingerprint"] == own), None)
+        lines = [row for row in self.lines if row.get("precision", precision) == precision]
+        return next((row["metrics"] for row in lines if row["fingerprint"] == own), None)
 
     def add(
         self,
@@ -75,7 +81,9 @@ class Results:
         overrides: Mapping[str, Any],
         cfg: DictConfig,
         seconds: float | None,
-        sharing: int = 1,
+        *,
+        sharing: int,
+        precision: str,
     ) -> None:
         """Append the line of a finished job; `sharing` jobs ran on its device at the same time."""
         row = {
@@ -85,6 +93,7 @@ class Results:
             "settings": {key: OmegaConf.select(cfg, key) for key in SETTINGS},
             "seconds": seconds,
             "sharing": sharing,
+            "precision": precision,
             **record(Path(cfg.run_dir)),
         }
         text = json.dumps(_plain(row), separators=(",", ":"))
@@ -95,7 +104,7 @@ class Results:
         self.lines.append(row)
 
     def required(self) -> list[dict[str, Any]]:
-        """Return the lines; Refusal where there are none."""
+        """Return the lines; Refusal where there are none, or some of another precision."""
         if not self.lines:
             raise Refusal(
                 "results",
@@ -103,6 +112,10 @@ class Results:
                 "a file of `gossamer sweep sweep.results=FILE`",
                 "run the study first",
             )
+        precisions = sorted({row["precision"] for row in self.lines if "precision" in row})
+        if len(precisions) > 1:
+            allowed = f"lines of one precision (there: {', '.join(precisions)})"
+            raise Refusal("results", self.path, allowed, "give each sweep.results of its own")
         return self.lines
 
 
@@ -126,25 +139,26 @@ def record(run_dir: Path) -> dict[str, Any]:
 
 def training(metrics: Path) -> dict[str, Any]:
     """Return curve [[step, seconds of training until then, error]], step time, loss, memory."""
-    if not metrics.is_file():
+    rows = {row["step"]: row for row in MetricsLog(metrics).rows()}
+    if not rows:
         return {}
-    rows = {row["step"]: row for row in map(json.loads, metrics.read_text().splitlines())}
     curve, spent = [], 0.0
     for step in sorted(rows):
-        spent += rows[step].get("step_seconds") or 0.0
+        spent += rows[step].get("step_seconds", 0.0)
         if "heldout_error" in rows[step]:
             curve.append([step, spent, rows[step]["heldout_error"]])
     steps = [row for step, row in sorted(rows.items()) if step > 0]
     if not steps:
         return {"curve": curve}
+    losses = [row["loss"] for row in steps[-20:] if math.isfinite(row["loss"])]
     found = {
         "curve": curve,
         "steps": len(steps),
         "seconds": spent,
-        "step_seconds": float(np.median([row["step_seconds"] for row in steps])),
-        "data_seconds": float(np.median([row["data_seconds"] for row in steps])),
+        "step_seconds": median(row["step_seconds"] for row in steps),
+        "data_seconds": median(row["data_seconds"] for row in steps),
         "density": [steps[0]["density"], steps[-1]["density"]],
-        "last_loss": float(np.mean([row["loss"] for row in steps[-20:]])),
+        "last_loss": fmean(losses) if losses else math.nan,
     }
     memory = [row["peak_memory_gib"] for row in steps if "peak_memory_gib" in row]
     return found | ({"peak_memory_gib": max(memory)} if memory else {})
@@ -157,5 +171,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(child) for child in value]
     if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if np.isfinite(value) else None
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return value
