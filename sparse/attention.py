@@ -75,7 +75,7 @@ class SparseAttention(nn.Module):
 
     The mask is computed once per forward of the transformer and kept, so that the recompute of
     gradient checkpointing uses the same one; `reset` (called before each forward) drops it, unless
-    a backward is still to come (`Pending`).
+    a backward is still to come (`Pending`). A step of sampling keeps none.
     Clusters go on from the previous step of the same guidance branch, if `reset` names one.
     Parts of the method that hold parameters are copied for the layer. Those that learn get the
     gate gradient of the `band` of blocks around each row's threshold, which is kept likewise.
@@ -113,7 +113,9 @@ class SparseAttention(nn.Module):
         self, branch: str | None = None, *, is_first: bool = False, is_dense: bool = False
     ) -> None:
         """Drop the mask; the next forward is a step of the guidance branch, or of none."""
-        self.kept = Kept(is_dense)
+        # sampling: at 14B and 720p the masks of all layers take 2.5 GB, and none is asked for again
+        is_brief = branch is not None and not (self.training or torch.is_grad_enabled())
+        self.kept = Kept(is_dense, is_brief)
         if self.codebooks is not None:
             self.codebooks.start(branch, is_first)
 
@@ -134,6 +136,8 @@ class SparseAttention(nn.Module):
             q_layout, kv_layout = kept.mask.q_layout, kept.mask.kv_layout
         q, k, v = permute_qkv(q_layout, kv_layout, q, k, v)
         mask = kept.mask or self._choose(kept, q, k, v, q_layout, kv_layout)
+        if kept.is_brief:
+            kept.mask = kept.band = None
         gate = self._gate(q, k, kept.band, mask) if torch.is_grad_enabled() else None
         return q_layout.unpermute(self.attend(q, k, v, mask, gate))
 

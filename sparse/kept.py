@@ -16,6 +16,7 @@ class Kept:
     """What one layer keeps of one forward: its mask, and the band around each row's threshold."""
 
     is_dense: bool = False
+    is_brief: bool = False  # nobody asks again: the mask goes once the layer is computed
     mask: BlockMask | None = None
     band: Band | None = None
 

@@ -93,6 +93,14 @@ def test_a_mask_lives_no_longer_than_until_the_forward_after_its_backward():
     assert all(mask() is None for mask in unused)
 
 
+@pytest.mark.parametrize(("training", "grad", "is_kept"), [(0, 0, 0), (0, 1, 1), (1, 0, 1)])
+def test_a_step_of_sampling_keeps_no_mask(training, grad, is_kept):
+    model = student().train(bool(training))
+    with torch.set_grad_enabled(bool(grad)):
+        loss(model, 1)
+        assert all((a.mask is not None) == is_kept for a in attentions(model).values())
+
+
 def test_a_second_backward_whose_masks_are_gone_is_refused():
     model = student(reentrant=False)
     first = loss(model, 1)
