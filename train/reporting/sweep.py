@@ -100,9 +100,9 @@ def _table_section(
         "± is the standard deviation over seeds. A skipped job was finished by an earlier call."
     )
     failures = [
-        page.paragraph(f"#{number} failed: {job.get('error') or 'no reason recorded'}")
+        page.paragraph(f"#{number} {job['status']}: {job.get('error') or 'no reason recorded'}")
         for number, job in enumerate(jobs, 1)
-        if job["status"] == "failed"
+        if job["status"] == "failed" or job.get("error")
     ]
     done = sum(job["status"] in ("finished", "skipped") for job in jobs)
     title = f"Jobs: {done} of {len(jobs)} finished"
