@@ -12,14 +12,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gossamer.train.codec import Codec, PCACodec
+from gossamer.train.codec import Codec, PCACodec, load_codec
 from gossamer.train.condition import Condition
 from gossamer.train.data.clips import evenly
 from gossamer.train.data.quarantine import BAD_SHARE, refuse_many
-from gossamer.train.data.rows import RowWriter
+from gossamer.train.data.rows import CODEC, RowWriter
 from gossamer.train.data.settings import EncodeSettings
 from gossamer.train.data.shards import Manifest
 from gossamer.train.data.sources import SourceItem, list_sources
+from gossamer.train.data.unfinished import BEGUN, left
 from gossamer.train.data.videos import Videos
 from gossamer.train.refusal import Refusal
 from gossamer.train.run_lock import LOCK
@@ -30,8 +31,8 @@ log = logging.getLogger(__name__)
 FIT_CLIPS = 200
 FIT_VIDEOS = 50
 OURS = re.compile(
-    r"(train|heldout)-\d{5}\.parquet|(bad_clips|skipped)\.jsonl|codec|\.cache|\.scratch.*"
-    r"|\.(train|heldout|bad_clips|skipped|manifest)[^/]*\.tmp"
+    r"(train|heldout)-\d{5}\.parquet|(bad_clips|skipped)\.jsonl|begun\.json|codec|\.cache|\.scratch.*"
+    r"|\.(train|heldout|bad_clips|skipped|begun|manifest)[^/]*\.tmp"
 )
 
 
@@ -59,6 +60,7 @@ def encode(
 ) -> Manifest:
     """Encode a source into `out_dir`; returns at once where the same request is already there.
 
+    One that ended early goes on after its last whole shard, and writes what it would have.
     With `buckets` a video is cut to the nearest of their aspects, a shot to the longest that fits.
     Raises Refusal: a wrong setting, another request's data in `out_dir`, more than 5 % of it
     damaged or of the videos unusable, no clip left. An unfitted PCACodec is fitted on train clips.
@@ -86,15 +88,19 @@ def encode(
     existing = Manifest.load(out)
     if existing is not None:
         return _reuse(existing, out, request)
-    _prepare(out)
+    shards = left(out, request)
+    _prepare(out, {BEGUN, CODEC, *(shard.file for shard in shards)} if shards else set())
+    if shards:
+        log.info("going on after %d shards of an encode that ended early", len(shards))
     with tempfile.TemporaryDirectory(prefix=".scratch", dir=out) as scratch:
         videos = Videos(items, settings, Path(scratch), num_workers)
         if isinstance(codec, PCACodec) and not codec.is_fitted:
-            codec = _fit(codec, videos, seed)
-        writer = RowWriter(out, settings, codec, text, batch_size, num_workers)
+            fitted = load_codec(out / CODEC) if shards else _fit(codec, videos, seed)
+            codec = fitted.to(codec.device)
+        writer = RowWriter(out, settings, codec, text, batch_size, num_workers, request, shards)
         for video in videos.opened(range(len(items))):
             writer.add(video)
-        manifest = writer.finish(request)
+        manifest = writer.finish()
     log.info("encoded %s into %s", manifest.splits, out)
     return manifest
 
@@ -137,11 +143,11 @@ def _reuse(existing: Manifest, out: Path, request: dict) -> Manifest:
     return existing
 
 
-def _prepare(out: Path) -> None:
-    """Make the folder, and clear what an unfinished encode left."""
+def _prepare(out: Path, kept: set[str]) -> None:
+    """Make the folder, and clear what an unfinished encode left but for what is kept of it."""
     out.mkdir(parents=True, exist_ok=True)
     entries = list(out.iterdir())
-    entries = [entry for entry in entries if entry.name != LOCK]
+    entries = [entry for entry in entries if entry.name not in {LOCK, *kept}]
     foreign = [entry.name for entry in entries if not OURS.fullmatch(entry.name)]
     if foreign:
         raise Refusal("out_dir", out, "an empty folder", f"choose another: it holds {foreign[0]}")

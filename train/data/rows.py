@@ -20,12 +20,14 @@ from gossamer.train.condition import held_frames
 from gossamer.train.data.clips import Clip, with_copies
 from gossamer.train.data.quarantine import BAD_SHARE
 from gossamer.train.data.settings import EncodeSettings
-from gossamer.train.data.shards import Manifest, Row, ShardWriter, to_bytes
+from gossamer.train.data.shards import Manifest, Row, Shard, ShardWriter, to_bytes
+from gossamer.train.data.unfinished import BEGUN, note
 from gossamer.train.data.videos import Video
 from gossamer.train.files import write_atomic
 from gossamer.train.refusal import Refusal
 from gossamer.train.text import TextEncoder
 
+CODEC = "codec"  # the folder beside the shards
 T = TypeVar("T")
 
 
@@ -40,11 +42,18 @@ class RowWriter:
         text: TextEncoder,
         batch_size: int,
         num_workers: int,
+        request: dict,
+        shards: list[Shard],
     ) -> None:
         self._out, self._settings, self._codec, self._text = out, settings, codec, text
         self._batch_size, self._num_workers = batch_size, max(1, num_workers)
         prints = {"codec": codec.fingerprint, "text": text.fingerprint}
-        self._shards = ShardWriter(out, settings.rows_per_shard, prints)
+        self._request = request
+        self._shards = ShardWriter(out, settings.rows_per_shard, prints, list(shards))
+        self._noted = len(shards)
+        self._written: Counter[tuple[str, tuple[int, ...]]] = Counter()  # rows still to pass over
+        for shard in shards:
+            self._written[shard.split, tuple(shard.latent_shape)] += shard.rows
         self._seen = 0
         self._bad: list[dict] = []
         self._sources: list[dict] = []
@@ -62,23 +71,47 @@ class RowWriter:
             {"name": name, "frames": len(video.footage.frames), "shots": video.shots}
         )
         self._skipped += [{"video": name, **dataclasses.asdict(shot)} for shot in video.skipped]
+        clips = with_copies(video.clips, self._settings.augment)
+        batches = [(b, [self._is_written(clip, video) for clip in b]) for b in self._batches(clips)]
+        batches = [(batch, written) for batch, written in batches if not all(written)]
+        if not batches:
+            return
         text = self._text.encode([video.item.caption])[0]  # [L, dim]
         text = text[: int(text.any(1).nonzero().max()) + 1] if text.any() else text[:0]
-        clips = with_copies(video.clips, self._settings.augment)
-        bar = tqdm(total=len(clips), desc=name, unit="clip", disable=None)
+        done = len(clips) - sum(len(batch) for batch, _ in batches)
+        bar = tqdm(total=len(clips), initial=done, desc=name, unit="clip", disable=None)
         with bar, ThreadPoolExecutor(self._num_workers) as pool:
             cut = partial(_cut, video, seed=self._settings.seed)
             started = (
-                (batch, [pool.submit(cut, clip) for clip in batch])
-                for batch in self._batches(clips)
+                (batch, written, [pool.submit(cut, clip) for clip in batch])
+                for batch, written in batches
             )
-            for batch, cuts in _one_ahead(started):
-                for row in self._rows(video, batch, [each.result() for each in cuts], text):
-                    self._shards.add(row)
-                    self._splits[row.split] += 1
+            for batch, written, cuts in _one_ahead(started):
+                rows = self._rows(video, batch, [each.result() for each in cuts], text)
+                for row, is_written in zip(rows, written, strict=True):
+                    if not is_written:
+                        self._shards.add(row)
+                        self._note()
                 bar.update(len(batch))
 
-    def finish(self, request: dict) -> Manifest:
+    def _is_written(self, clip: Clip, video: Video) -> bool:
+        """Count the clip, the next of its kind, and say whether a shard has it already."""
+        self._splits[clip.split] += 1
+        kind = clip.split, self._codec.latent_shape(clip.frames, *video.size)
+        self._written[kind] -= 1
+        return self._written[kind] >= 0
+
+    def _note(self) -> None:
+        """Leave what is whole to an encode that goes on after this one."""
+        shards = self._shards.shards
+        if len(shards) == self._noted:
+            return
+        if not self._noted:
+            self._codec.save(self._out / CODEC)
+        note(self._out, self._request, shards)
+        self._noted = len(shards)
+
+    def finish(self) -> Manifest:
         """Write what is left and the manifest; refuse on too many bad videos or no clip."""
         _write_lines(self._out / "bad_clips.jsonl", self._bad)
         _write_lines(self._out / "skipped.jsonl", self._skipped)
@@ -99,9 +132,9 @@ class RowWriter:
                 "at least one clip",
                 "lower frames or min_motion, or give longer videos",
             )
-        self._codec.save(self._out / "codec")
+        self._codec.save(self._out / CODEC)
         manifest = Manifest(
-            request=request,
+            request=self._request,
             codec={
                 "fingerprint": self._codec.fingerprint,
                 "channels": self._codec.channels,
@@ -119,6 +152,7 @@ class RowWriter:
             bad_clips=len(self._bad),
         )
         manifest.save(self._out)
+        (self._out / BEGUN).unlink(missing_ok=True)
         return manifest
 
     def _batches(self, clips: list[Clip]) -> Iterator[list[Clip]]:

@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 SHARD_BYTES = 512 * 2**20  # a parquet binary column is limited to 2 GiB
 GROUP_BYTES = 4 * 2**20  # of a row group, the least that is read at once
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*\.parquet")
+SHARD_NAME = re.compile(r"[A-Za-z0-9][\w.-]*\.parquet")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Manifest:
                 )
             values["shards"] = [Shard(**shard) for shard in values["shards"]]
             for shard in values["shards"]:
-                if not _NAME.fullmatch(shard.file):
+                if not SHARD_NAME.fullmatch(shard.file):
                     raise TypeError(f"{shard.file!r} is no name of a shard")
             return cls(**values)
         except (json.JSONDecodeError, KeyError, TypeError) as error:

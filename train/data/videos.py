@@ -24,6 +24,7 @@ class Video:
     shots: int = 0
     clips: list[Clip] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    size: tuple[int, int] = (0, 0)  # height and width of its clips
     bad: str = ""
 
     def pixels(self, clip: Clip, seed: int) -> tuple[Tensor, str]:
@@ -89,4 +90,4 @@ class Videos:
             total=len(self._items),
         )
         share = settings.max_clips and max(1, settings.max_clips // len(self._items))
-        return Video(item, footage, len(shots), evenly(clips, share), skipped)
+        return Video(item, footage, len(shots), evenly(clips, share), skipped, (height, width))

@@ -4,16 +4,20 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import Tensor
 
 from gossamer.train.codec import PCACodec, load_codec
 from gossamer.train.data.encode import encode
-from gossamer.train.data.shards import Manifest, Row, from_bytes
+from gossamer.train.data.shards import Manifest, Row, ShardWriter, from_bytes
+from gossamer.train.data.unfinished import BEGUN
 from gossamer.train.data.video import read_video
 from gossamer.train.refusal import Refusal
+from gossamer.train.run_lock import LOCK
 from gossamer.train.text import HashedWords
 
 SMALL = {"height": 32, "width": 48, "frames": 4, "stride": 4}
@@ -150,6 +154,79 @@ def test_an_unfinished_encode_is_cleared_but_foreign_files_are_not(
     with pytest.raises(Refusal, match=r"thesis\.tex"):
         run(film, other)
     assert (other / "thesis.tex").exists()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """List the clips of each call of the codec."""
+    own, found = PCACodec.encode, []
+
+    def encode(self: PCACodec, pixels: Tensor) -> Tensor:
+        found.append(len(pixels))
+        return own(self, pixels)
+
+    monkeypatch.setattr(PCACodec, "encode", encode)
+    return found
+
+
+def stopped(source: Path, out: Path, after: int, **settings: Any) -> None:
+    """Encode until `after` shards are whole and end there, as a kill does."""
+    own = ShardWriter._flush
+
+    def flush(self: ShardWriter, key: Any) -> None:
+        if len(self.shards) == after:
+            raise KeyboardInterrupt
+        own(self, key)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ShardWriter, "_flush", flush)
+        run(source, out, **settings)
+
+
+@pytest.mark.parametrize("after", [1, 2, 5])
+@pytest.mark.parametrize("is_one", [False, True])
+def test_an_encode_that_ended_early_goes_on_after_its_last_shard(
+    is_one: bool, after: int, film: Path, many: Path, tmp_path: Path, encoded: list[int]
+) -> None:
+    settings: dict[str, Any] = {"rows_per_shard": 2, "augment": 1, "batch_size": 2}
+    settings |= {"condition": "none"} if is_one else {"holdout": 0.25}
+    source = film if is_one else many
+    run(source, tmp_path / "whole", **settings)
+    all_clips = sum(encoded)
+    out = tmp_path / "data"
+    stopped(source, out, after, **settings)
+    if after == 2:  # as often as it takes
+        stopped(source, out, 4, **settings)
+    encoded.clear()
+    again = run(source, out, **settings)
+    assert content(out) == content(tmp_path / "whole")
+    assert again == Manifest.load(tmp_path / "whole")
+    assert sum(encoded) < all_clips, "what was there is not encoded again"
+
+
+@pytest.mark.parametrize("what", ["shard", "list", "request"])
+def test_what_an_encode_left_is_not_taken_where_it_is_damaged_or_of_something_else(
+    what: str, film: Path, tmp_path: Path, encoded: list[int]
+) -> None:
+    settings: dict[str, Any] = {"rows_per_shard": 2, "condition": "none"}
+    wanted = {**settings, "holdout": 0.5} if what == "request" else settings
+    run(film, tmp_path / "whole", **wanted)
+    all_clips = sum(encoded)
+    out = tmp_path / "data"
+    stopped(film, out, 2, **settings)
+    if what == "shard":
+        shard = out / "train-00000.parquet"
+        shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    elif what == "list":
+        (out / BEGUN).write_text((out / BEGUN).read_text()[:40])
+    encoded.clear()
+    run(film, out, **wanted)
+    assert content(out) == content(tmp_path / "whole") and sum(encoded) == all_clips
 
 
 def test_shards_are_cut_by_rows_and_named_by_split(film: Path, tmp_path: Path) -> None:
