@@ -84,7 +84,11 @@ class Calibration:
             )
         limit = torch.tensor(self.skip_below) if self.skip_below else None
         k, p = torch.tensor(self.k), torch.tensor(self.p)
-        set_masks(model, k, p, self.layout_choice, limit)
+        try:
+            set_masks(model, k, p, self.layout_choice, limit)
+        except ValueError as error:  # somebody edited them
+            fix = f"mend them, or delete the file and run `gossamer calibrate`: {error}"
+            raise Refusal("calibration", CALIBRATION, "numbers that the masks take", fix) from error
 
 
 def set_masks(

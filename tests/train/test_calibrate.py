@@ -183,6 +183,13 @@ def test_the_policys_own_budget_is_kept_by_fixed_and_measured_as_it_runs(make_jo
         one.run(Fixed(), error_budget=0.1)
 
 
+def test_numbers_that_the_masks_do_not_take_are_refused_in_one_line(make_job: Any) -> None:
+    job = make_job()
+    edited = dataclasses.replace(job.calibration, k=[[1.5] * len(row) for row in job.calibration.k])
+    with pytest.raises(Refusal, match=r"^calibration=calibration\.json: .* k=\[1\.5, 1\.5\]"):
+        edited.apply(sparse_model(job))
+
+
 def test_each_head_takes_the_order_with_the_least_error(make_job: Any, tmp_path: Path) -> None:
     names = "[row_major,temporal_major,tiles]"
     settings = {"layout__block": None, "layout": "per_head", "layout__tile": "[1,2,2]"}
