@@ -37,7 +37,7 @@ from gossamer.train.refusal import Refusal
 from gossamer.train.remembered import Remembered
 from gossamer.train.samples import evenly, noisy_samples
 from gossamer.train.teacher import Cached, Guided, Teacher
-from gossamer.train.weights import digest
+from gossamer.train.weights import digest, stamp
 
 log = logging.getLogger(__name__)
 
@@ -105,14 +105,12 @@ class Job:
 
     def _weights_identity(self, seed: int) -> tuple[str, ...]:
         of_seed = "" if self.is_pretrained else str(seed)
-        return fingerprint(self.cfg, ["model"]), str(self.weights_stamp), of_seed
+        return fingerprint(self.cfg, ["model"]), self.weights_stamp, of_seed
 
-    @property
-    def weights_stamp(self) -> list[list[Any]]:
-        """Return name, bytes and time of the files of the pretrained weights; none are read."""
-        folder = getattr(self.source, "folder", None)
-        files = sorted(folder.glob("*.safetensors")) if folder else ()
-        return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    @cached_property
+    def weights_stamp(self) -> str:
+        """Return what tells pretrained weights from others at the same path, "" without any."""
+        return stamp(getattr(self.source, "folder", None))
 
     @property
     def trains(self) -> bool:

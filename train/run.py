@@ -101,6 +101,7 @@ def _finish(job: Job, stages: list[str], seconds: float) -> dict[str, Any]:
         "config_fingerprint": fingerprint(job.cfg),
         "finished": _is_whole(job, stages),
         "mixed_precision": job.accelerator.mixed_precision,
+        "weights": job.weights_stamp,
         "seconds": seconds,
         "stages": stages,
         "metrics": metrics,

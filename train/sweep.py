@@ -23,13 +23,14 @@ from hydra.core.override_parser.types import Override
 from tqdm import tqdm
 
 from gossamer.train import workers
-from gossamer.train.config import fingerprint, require_complete
+from gossamer.train.config import build, fingerprint, require_complete
 from gossamer.train.files import write_atomic
 from gossamer.train.redact import redact
 from gossamer.train.refusal import Refusal
 from gossamer.train.run_dir import STARTS, check_run_dir
-from gossamer.train.study.record import Results
+from gossamer.train.study.record import MADE_WITH, Results, differing
 from gossamer.train.sweep_plan import Job, Launch, plan, split
+from gossamer.train.weights import stamp
 from gossamer.train.workers import KILLED, Pool, Task, sharing
 
 log = logging.getLogger(__name__)
@@ -141,11 +142,11 @@ def _check(jobs: Sequence[Job], launch: Launch) -> None:
             raise Refusal("stages", stages, "stages with evaluate for sweep.results", fix)
         preflight(job.cfg, stages, precision=launch.mixed_precision)
         check_run_dir(job.cfg, job.run_dir)  # two calls whose jobs have the same labels
-        there = _result(job).get("mixed_precision", launch.mixed_precision)
-        if there != launch.mixed_precision and job.cfg.resume != "force":
-            allowed = f"{there}, as in {job.run_dir}"
-            fix = "set name=NEW, or resume=force to go on in the new precision"
-            raise Refusal("sweep.mixed_precision", launch.mixed_precision, allowed, fix)
+        made_with = _made_with(job, launch)
+        for key in differing(_result(job), made_with) if job.cfg.resume != "force" else ():
+            allowed = f"{_result(job)[key]}, as in {job.run_dir}"
+            fix = f"set name=NEW, or resume=force to go on with the new {MADE_WITH[key]}"
+            raise Refusal(key, made_with[key], allowed, fix)
 
 
 def _one_by_one(jobs: Sequence[Job], launch: Launch, folder: Path) -> Iterator[tuple[Job, Outcome]]:
@@ -192,7 +193,7 @@ def _kept(job: Job, outcome: Outcome, results: Results, launch: Launch) -> Outco
             job.cfg,
             outcome.seconds,
             sharing=sharing(launch.workers or 1),
-            precision=launch.mixed_precision,
+            made_with=_made_with(job, launch),
         )
     except Exception as error:  # whatever a job left behind, the next one is another matter
         said = " ".join(f"{type(error).__name__} {error}".split())
@@ -214,8 +215,8 @@ def _ended(job: Job, folder: Path, code: int, seconds: float, log_start: int) ->
 
 def _skipped(job: Job, folder: Path, results: Results | None, launch: Launch) -> Outcome | None:
     """Return the outcome of a job that an earlier call finished, else None."""
-    precision = launch.mixed_precision
-    found = _finished(job, precision) if results is None else results.metrics_of(job.cfg, precision)
+    made_with = _made_with(job, launch)
+    found = _finished(job, made_with) if results is None else results.metrics_of(job.cfg, made_with)
     return None if found is None else _entry(job, folder, "skipped", None, found)
 
 
@@ -233,11 +234,16 @@ def _entry(
     )
 
 
-def _finished(job: Job, precision: str) -> dict[str, Any] | None:
+def _made_with(job: Job, launch: Launch) -> dict[str, str]:
+    folder = getattr(build(job.cfg.model), "folder", None)
+    return {"mixed_precision": launch.mixed_precision, "weights": stamp(folder)}
+
+
+def _finished(job: Job, made_with: dict[str, str]) -> dict[str, Any] | None:
     """Return the metrics of a job that finished with the same config, else nothing."""
     result = _result(job)
     same = result.get("config_fingerprint") == fingerprint(job.cfg)
-    same = same and result.get("mixed_precision", precision) == precision
+    same = same and not differing(result, made_with)
     return result.get("metrics", {}) if same and result.get("finished") else None
 
 

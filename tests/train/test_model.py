@@ -1,6 +1,7 @@
 """Where transformers come from: folders that are whole, or refused; and how velocity calls them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gossamer.train.codec import DiffusersVAECodec
 from gossamer.train.model import Pretrained, ScratchWan, compile_blocks, velocity
 from gossamer.train.refusal import Refusal
 from gossamer.train.text import PipelineText
+from gossamer.train.weights import stamp
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TINY = {"num_layers": 2, "num_heads": 2, "head_dim": 16, "ffn_dim": 32, "channels": 4}
@@ -88,6 +90,14 @@ def test_a_config_that_is_no_known_transformer_is_refused(
 ) -> None:
     (folder / "transformer" / "config.json").write_text(text)
     refused(folder, said, load=False)
+
+
+def test_a_stamp_knows_a_copy_and_tells_other_weights(folder: Path, tmp_path: Path) -> None:
+    own = folder / "transformer"
+    copy = shutil.copytree(own, tmp_path / "copy")
+    assert stamp(copy) == stamp(own) != stamp(None) == ""
+    change_weights(folder, lambda t: t.update({n: x + 1 for n, x in t.items() if "to_q" in n}))
+    assert stamp(copy) != stamp(own)
 
 
 def test_missing_or_cut_weights_are_refused_without_reading_them(folder: Path) -> None:

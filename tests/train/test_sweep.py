@@ -124,7 +124,7 @@ def test_a_job_finished_in_another_precision_is_not_taken_for_done(
     assert len(started) == 1, "a result of an earlier version does not tell its precision"
     path.write_text(json.dumps({**json.loads(path.read_text()), "mixed_precision": "no"}))
     assert sweep([*overrides, forced]) == 0 and len(started) == 1
-    with pytest.raises(Refusal, match=r"sweep\.mixed_precision=bf16: allowed is no, as in"):
+    with pytest.raises(Refusal, match=r"mixed_precision=bf16: allowed is no, as in"):
         sweep([*overrides, "resume=auto", bf16])
     assert sweep([*overrides, forced, bf16]) == 0 and len(started) == 2
 

@@ -39,6 +39,14 @@ SETTINGS = (
 )
 
 
+MADE_WITH = {"mixed_precision": "precision", "weights": "model's weights"}  # beside the config
+
+
+def differing(kept: Mapping[str, Any], made_with: Mapping[str, str]) -> list[str]:
+    """Return the keys of MADE_WITH that differ; one that is not kept, as before, fits any."""
+    return [key for key, value in made_with.items() if kept.get(key, value) != value]
+
+
 @dataclass(frozen=True)
 class Results:
     """The lines of a .jsonl file, one for each job."""
@@ -47,14 +55,14 @@ class Results:
 
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
-        """Return all whole lines; of one job in one precision the last."""
+        """Return all whole lines; of one job, made with the same, the last."""
         found = {}
         for line in self.path.read_text().splitlines() if self.path.is_file() else ():
             try:
                 row = json.loads(line)
             except ValueError:  # cut short by a kill
                 continue
-            found[row["fingerprint"], row.get("precision")] = row
+            found[row["fingerprint"], *(row.get(key) for key in MADE_WITH)] = row
         return list(found.values())
 
     @staticmethod
@@ -66,13 +74,10 @@ class Results:
         free = (*PLACE_KEYS, *FREE_KEYS, "compile", "compile_tuned")
         return fingerprint(cfg, ["stages", *(key for key in map(str, cfg) if key not in free)])
 
-    def metrics_of(self, cfg: DictConfig, precision: str) -> dict[str, Any] | None:
-        """Return the headline figures of a job that is in the file, or None.
-
-        A line without a precision, of an earlier version, is taken for any.
-        """
+    def metrics_of(self, cfg: DictConfig, made_with: Mapping[str, str]) -> dict[str, Any] | None:
+        """Return the headline figures of a job that is in the file, or None."""
         own = self.identity(cfg)
-        lines = [row for row in self.lines if row.get("precision", precision) == precision]
+        lines = [row for row in self.lines if not differing(row, made_with)]
         return next((row["metrics"] for row in lines if row["fingerprint"] == own), None)
 
     def add(
@@ -83,7 +88,7 @@ class Results:
         seconds: float | None,
         *,
         sharing: int,
-        precision: str,
+        made_with: Mapping[str, str],
     ) -> None:
         """Append the line of a finished job; `sharing` jobs ran on its device at the same time."""
         row = {
@@ -93,7 +98,7 @@ class Results:
             "settings": {key: OmegaConf.select(cfg, key) for key in SETTINGS},
             "seconds": seconds,
             "sharing": sharing,
-            "precision": precision,
+            **made_with,
             **record(Path(cfg.run_dir)),
         }
         text = json.dumps(_plain(row), separators=(",", ":"))
@@ -104,7 +109,7 @@ class Results:
         self.lines.append(row)
 
     def required(self) -> list[dict[str, Any]]:
-        """Return the lines; Refusal where there are none, or some of another precision."""
+        """Return the lines; Refusal where there are none, or some that are no one study."""
         if not self.lines:
             raise Refusal(
                 "results",
@@ -112,10 +117,11 @@ class Results:
                 "a file of `gossamer sweep sweep.results=FILE`",
                 "run the study first",
             )
-        precisions = sorted({row["precision"] for row in self.lines if "precision" in row})
-        if len(precisions) > 1:
-            allowed = f"lines of one precision (there: {', '.join(precisions)})"
-            raise Refusal("results", self.path, allowed, "give each sweep.results of its own")
+        for key, name in MADE_WITH.items():
+            there = sorted({row[key] for row in self.lines if key in row})
+            if len(there) > 1:
+                allowed = f"lines of one {name} (there: {', '.join(there)})"
+                raise Refusal("results", self.path, allowed, "give each sweep.results of its own")
         return self.lines
 
 

@@ -36,24 +36,28 @@ def test_a_run_without_training_has_none_and_one_of_no_finite_loss_no_last_loss(
     )
 
 
-def test_a_job_is_known_in_the_precision_that_it_ran_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("key", "said"), [("mixed_precision", "precision"), ("weights", "model's weights")]
+)
+def test_a_job_is_known_by_the_precision_and_the_weights_that_it_ran_with(
+    key: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg, path = compose([]), tmp_path / "found.jsonl"
+    one, other = ({"mixed_precision": "no", "weights": "0", key: value} for value in ("a", "b"))
 
-    def add(precision: str, error: float) -> None:
+    def add(made_with: dict[str, str], error: float) -> None:
         found: dict[str, Any] = {"metrics": {"error_after": error}}
         monkeypatch.setattr("gossamer.train.study.record.record", lambda _: found)
-        Results(path).add("a", {}, cfg, 1.0, sharing=1, precision=precision)
+        Results(path).add("a", {}, cfg, 1.0, sharing=1, made_with=made_with)
 
-    add("no", 0.5)
-    assert Results(path).metrics_of(cfg, "bf16") is None
+    add(one, 0.5)
+    assert Results(path).metrics_of(cfg, other) is None
     assert Results(path).required()
-    add("bf16", 0.6)
-    assert Results(path).metrics_of(cfg, "no") == {"error_after": 0.5}
-    assert Results(path).metrics_of(cfg, "bf16") == {"error_after": 0.6}
-    with pytest.raises(Refusal, match=r"lines of one precision \(there: bf16, no\)"):
+    add(other, 0.6)
+    assert Results(path).metrics_of(cfg, one) == {"error_after": 0.5}
+    assert Results(path).metrics_of(cfg, other) == {"error_after": 0.6}
+    with pytest.raises(Refusal, match=rf"lines of one {said} \(there: a, b\)"):
         Results(path).required()
     line = json.loads(path.read_text().splitlines()[0])
-    path.write_text(json.dumps({key: line[key] for key in line if key != "precision"}) + "\n")
-    assert Results(path).metrics_of(cfg, "bf16") == {"error_after": 0.5}, "of an earlier version"
+    path.write_text(json.dumps({name: line[name] for name in line if name != key}) + "\n")
+    assert Results(path).metrics_of(cfg, other) == {"error_after": 0.5}, "of an earlier version"
