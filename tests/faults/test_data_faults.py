@@ -422,7 +422,7 @@ def test_d5_a_shard_named_outside_its_folder_is_refused(
 def test_d5_control_without_the_check_a_file_appears_outside(
     hostile: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards_module, "_NAME", re.compile(r".*"))
+    monkeypatch.setattr(shards_module, "SHARD_NAME", re.compile(r".*"))
     cache = tmp_path / "a" / "cache"
     url = hostile("../evil.parquet")
     mirror(url, cache)
