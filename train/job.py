@@ -29,6 +29,7 @@ from gossamer.train.draws import Draws
 from gossamer.train.gauge import Gauge
 from gossamer.train.launch import Launch, sharding_hidden
 from gossamer.train.lora import add_adapters, check_base
+from gossamer.train.model import ModelSource
 from gossamer.train.negative import is_needed, load_negative
 from gossamer.train.parallel import Parallel
 from gossamer.train.processes import Together
@@ -37,7 +38,7 @@ from gossamer.train.refusal import Refusal
 from gossamer.train.remembered import Remembered
 from gossamer.train.samples import evenly, noisy_samples
 from gossamer.train.teacher import Cached, Guided, Teacher
-from gossamer.train.weights import digest, stamp
+from gossamer.train.weights import digest
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class Job:
     @cached_property
     def weights_stamp(self) -> str:
         """Return what tells pretrained weights from others at the same path, "" without any."""
-        return stamp(getattr(self.source, "folder", None))
+        return self.source.stamp()
 
     @property
     def trains(self) -> bool:
@@ -120,7 +121,7 @@ class Job:
     @property
     def is_pretrained(self) -> bool:
         """Say whether the run starts from a trained model."""
-        return hasattr(self.source, "path")
+        return self.source.path is not None
 
     @property
     def is_sparse(self) -> bool:
@@ -133,8 +134,9 @@ class Job:
         return 1 - self.calibration.target_density if asked is None else asked
 
     @cached_property
-    def source(self) -> Any:
-        return build(self.cfg.model)
+    def source(self) -> ModelSource:
+        source: ModelSource = build(self.cfg.model)
+        return source
 
     @cached_property
     def text(self) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gossamer.sparse.attach import families, family_of
 from gossamer.train.condition import CONDITIONS, Condition
 from gossamer.train.refusal import Refusal
-from gossamer.train.weights import check_weights, load_whole
+from gossamer.train.weights import check_weights, load_whole, stamp
 
 CONFIG_FILE = "config.json"
 # Fused row and column reductions return gradients of a wrong shape for one clip on a GPU
@@ -22,7 +22,15 @@ TUNED: dict[str, Any] = {"coordinate_descent_tuning": True, "max_autotune_pointw
 class ModelSource(Protocol):
     """Makes the transformer of a run; teacher and student start from the same one."""
 
+    path: Path | None  # None: random weights
     condition: Condition
+
+    @property
+    def pipeline(self) -> Path | None:
+        """Return the folder of the whole pipeline that the transformer is of, if there is one."""
+
+    def stamp(self) -> str:
+        """Return what tells pretrained weights from others at the same path, "" without any."""
 
     def skeleton(self) -> nn.Module:
         """Return the transformer on the meta device: its config and shapes, no weights."""
@@ -46,6 +54,14 @@ class Pretrained:
         """Return the folder with the transformer's config.json."""
         inner = self.path / "transformer"
         return inner if inner.is_dir() else self.path
+
+    @property
+    def pipeline(self) -> Path | None:
+        is_whole = all((self.path / part).is_dir() for part in ("transformer", "vae"))
+        return self.path if is_whole else None
+
+    def stamp(self) -> str:
+        return stamp(self.folder)
 
     def skeleton(self) -> nn.Module:
         config, cls = self._read()
@@ -90,6 +106,9 @@ class Pretrained:
 class ScratchWan:
     """A Wan transformer with random weights: the start of a teacher."""
 
+    path = None
+    pipeline = None
+
     def __init__(
         self,
         *,
@@ -120,6 +139,9 @@ class ScratchWan:
 
         with torch.device("meta"):
             return WanTransformer3DModel(**self._config)
+
+    def stamp(self) -> str:
+        return ""
 
     def check_weights(self) -> None: ...
 

@@ -134,12 +134,9 @@ def report_stage(job: "Job") -> None:
     report(job.run_dir)
 
 
-def _pipeline_parts(job: "Job", student: nn.Module) -> LatentVideoPipeline | Path | None:
+def _pipeline_parts(job: "Job", student: nn.Module) -> LatentVideoPipeline | Path:
     """Return what stands beside the transformer: the embedded pipeline, or the source folder."""
-    source = getattr(job.source, "path", None)
-    if source is not None and (source / "transformer").is_dir() and (source / "vae").is_dir():
-        return Path(source)
-    return LatentVideoPipeline(
+    return job.source.pipeline or LatentVideoPipeline(
         transformer=student,
         codec=job.codec,
         text=job.text,
@@ -151,7 +148,7 @@ def _pipeline_parts(job: "Job", student: nn.Module) -> LatentVideoPipeline | Pat
 def _card(job: "Job") -> str:
     facts = {
         "recipe": job.cfg.recipe_name,
-        "model": getattr(job.source, "path", "trained from scratch"),
+        "model": job.source.path or "trained from scratch",
         "sparsity": job.sparsity,
         "adapter": _adapter(job),
         "guidance": job.cfg.guidance.scale,

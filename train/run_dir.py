@@ -13,7 +13,7 @@ from gossamer.train.refusal import Refusal
 
 log = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
+CONFIG, RESULT = "config.yaml", "result.json"
 STARTS = "starts"  # beside the runs of a sweep, until all are done: what their untrained models do
 # Keys that may change between two calls of the same run; its folder may be moved.
 FREE_KEYS = (

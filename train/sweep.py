@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
@@ -27,15 +27,14 @@ from gossamer.train.config import build, fingerprint, require_complete
 from gossamer.train.files import write_atomic
 from gossamer.train.redact import redact
 from gossamer.train.refusal import Refusal
-from gossamer.train.run_dir import STARTS, check_run_dir
+from gossamer.train.run_dir import RESULT, STARTS, check_run_dir
 from gossamer.train.study.record import MADE_WITH, Results, differing
 from gossamer.train.sweep_plan import Job, Launch, plan, split
-from gossamer.train.weights import stamp
 from gossamer.train.workers import KILLED, Pool, Task, sharing
 
 log = logging.getLogger(__name__)
 
-RESULT, LOG = "result.json", "log.txt"
+LOG = "log.txt"
 _ERROR = re.compile(r"(\[rank\d+\]:\s*)?(error: |[\w.]*(Error|Exception|Interrupt)\b)")
 _LAUNCHERS_ERROR = re.compile(r"CalledProcessError|ChildFailedError")
 STOPPED = (130, 143, KILLED)  # exit codes of a worker's job that was told to stop
@@ -85,9 +84,11 @@ def _sweep(
         sys.stdout.write("".join(lines))
         return 0
     results = Results(Path(launch.results)) if launch.results else None
-    outcomes = {o.job: o for job in jobs if (o := _skipped(job, folder, results, launch))}
+    made_with = {job.label: _made_with(job, launch) for job in jobs}
+    skipped = (_skipped(job, folder, results, made_with[job.label]) for job in jobs)
+    outcomes = {outcome.job: outcome for outcome in skipped if outcome}
     todo = [job for job in jobs if job.label not in outcomes]
-    _check(todo, launch)
+    _check(todo, launch, made_with)
     folder.mkdir(parents=True, exist_ok=True)
     deadline = None if launch.time_limit is None else start + launch.time_limit
     ended = (
@@ -131,7 +132,7 @@ def launch_command(launch: Launch, overrides: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", *options, *module]
 
 
-def _check(jobs: Sequence[Job], launch: Launch) -> None:
+def _check(jobs: Sequence[Job], launch: Launch, made_with: Mapping[str, dict[str, str]]) -> None:
     from gossamer.train.check import preflight
 
     for job in tqdm(jobs, desc="check", unit="job", leave=False):
@@ -142,11 +143,11 @@ def _check(jobs: Sequence[Job], launch: Launch) -> None:
             raise Refusal("stages", stages, "stages with evaluate for sweep.results", fix)
         preflight(job.cfg, stages, precision=launch.mixed_precision)
         check_run_dir(job.cfg, job.run_dir)  # two calls whose jobs have the same labels
-        made_with = _made_with(job, launch)
-        for key in differing(_result(job), made_with) if job.cfg.resume != "force" else ():
-            allowed = f"{_result(job)[key]}, as in {job.run_dir}"
+        earlier, own = _result(job), made_with[job.label]
+        for key in differing(earlier, own) if job.cfg.resume != "force" else ():
+            allowed = f"{earlier[key]}, as in {job.run_dir}"
             fix = f"set name=NEW, or resume=force to go on with the new {MADE_WITH[key]}"
-            raise Refusal(key, made_with[key], allowed, fix)
+            raise Refusal(key, own[key], allowed, fix)
 
 
 def _one_by_one(jobs: Sequence[Job], launch: Launch, folder: Path) -> Iterator[tuple[Job, Outcome]]:
@@ -193,7 +194,6 @@ def _kept(job: Job, outcome: Outcome, results: Results, launch: Launch) -> Outco
             job.cfg,
             outcome.seconds,
             sharing=sharing(launch.workers or 1),
-            made_with=_made_with(job, launch),
         )
     except Exception as error:  # whatever a job left behind, the next one is another matter
         said = " ".join(f"{type(error).__name__} {error}".split())
@@ -213,9 +213,10 @@ def _ended(job: Job, folder: Path, code: int, seconds: float, log_start: int) ->
     return _entry(job, folder, "finished", seconds, _result(job).get("metrics"))
 
 
-def _skipped(job: Job, folder: Path, results: Results | None, launch: Launch) -> Outcome | None:
+def _skipped(
+    job: Job, folder: Path, results: Results | None, made_with: dict[str, str]
+) -> Outcome | None:
     """Return the outcome of a job that an earlier call finished, else None."""
-    made_with = _made_with(job, launch)
     found = _finished(job, made_with) if results is None else results.metrics_of(job.cfg, made_with)
     return None if found is None else _entry(job, folder, "skipped", None, found)
 
@@ -235,8 +236,7 @@ def _entry(
 
 
 def _made_with(job: Job, launch: Launch) -> dict[str, str]:
-    folder = getattr(build(job.cfg.model), "folder", None)
-    return {"mixed_precision": launch.mixed_precision, "weights": stamp(folder)}
+    return {"mixed_precision": launch.mixed_precision, "weights": build(job.cfg.model).stamp()}
 
 
 def _finished(job: Job, made_with: dict[str, str]) -> dict[str, Any] | None:

@@ -84,20 +84,20 @@ def load_whole(
     return model.eval()
 
 
-def stamp(folder: Path | None) -> str:
+def stamp(folder: Path) -> str:
     """Return a short SHA-256 of a folder's weights by names, sizes and PIECES of each file.
 
-    "" without a folder. A training changes it, a copy does not; it reads 4 MB a file.
+    A training changes it, a copy does not; it reads 4 MB a file.
     """
     whole = hashlib.sha256()
-    for path in sorted(folder.glob(f"*{SUFFIX}")) if folder else ():
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
         size = path.stat().st_size
         whole.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:
             for piece in range(PIECES):
                 file.seek(size * piece // PIECES)
                 whole.update(file.read(PIECE))
-    return whole.hexdigest()[:16] if folder else ""
+    return whole.hexdigest()[:16]
 
 
 def digest(model: nn.Module) -> str:

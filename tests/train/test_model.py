@@ -15,7 +15,6 @@ from gossamer.train.codec import DiffusersVAECodec
 from gossamer.train.model import Pretrained, ScratchWan, compile_blocks, velocity
 from gossamer.train.refusal import Refusal
 from gossamer.train.text import PipelineText
-from gossamer.train.weights import stamp
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TINY = {"num_layers": 2, "num_heads": 2, "head_dim": 16, "ffn_dim": 32, "channels": 4}
@@ -93,11 +92,11 @@ def test_a_config_that_is_no_known_transformer_is_refused(
 
 
 def test_a_stamp_knows_a_copy_and_tells_other_weights(folder: Path, tmp_path: Path) -> None:
-    own = folder / "transformer"
-    copy = shutil.copytree(own, tmp_path / "copy")
-    assert stamp(copy) == stamp(own) != stamp(None) == ""
+    own = Pretrained(path=str(folder))
+    copy = Pretrained(path=str(shutil.copytree(folder, tmp_path / "copy")))
+    assert copy.stamp() == own.stamp() != ScratchWan().stamp() == ""
     change_weights(folder, lambda t: t.update({n: x + 1 for n, x in t.items() if "to_q" in n}))
-    assert stamp(copy) != stamp(own)
+    assert copy.stamp() != own.stamp()
 
 
 def test_missing_or_cut_weights_are_refused_without_reading_them(folder: Path) -> None:

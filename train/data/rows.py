@@ -132,7 +132,8 @@ class RowWriter:
                 "at least one clip",
                 "lower frames or min_motion, or give longer videos",
             )
-        self._codec.save(self._out / CODEC)
+        if not self._noted:  # else beside the first shard
+            self._codec.save(self._out / CODEC)
         manifest = Manifest(
             request=self._request,
             codec={

@@ -15,7 +15,7 @@ from gossamer.train.config import fingerprint
 from gossamer.train.refusal import Refusal
 from gossamer.train.report import headline
 from gossamer.train.reporting.run import Run
-from gossamer.train.run_dir import FREE_KEYS, PLACE_KEYS
+from gossamer.train.run_dir import FREE_KEYS, PLACE_KEYS, RESULT
 from gossamer.train.trackers import MetricsLog
 
 DIGITS = 5
@@ -88,7 +88,6 @@ class Results:
         seconds: float | None,
         *,
         sharing: int,
-        made_with: Mapping[str, str],
     ) -> None:
         """Append the line of a finished job; `sharing` jobs ran on its device at the same time."""
         row = {
@@ -98,7 +97,6 @@ class Results:
             "settings": {key: OmegaConf.select(cfg, key) for key in SETTINGS},
             "seconds": seconds,
             "sharing": sharing,
-            **made_with,
             **record(Path(cfg.run_dir)),
         }
         text = json.dumps(_plain(row), separators=(",", ":"))
@@ -126,12 +124,14 @@ class Results:
 
 
 def record(run_dir: Path) -> dict[str, Any]:
-    """Return what an evaluated run found, rounded: figures, errors by clip, curve and cost."""
+    """Return what a finished run found, rounded: figures, errors by clip, curve and cost."""
     run = Run.read(run_dir)
     found = {key: run.evaluation[key] for key in KEPT if key in run.evaluation}
     quality = (run.evaluation.get("samples") or {}).get("quality", {})
     calibration = run.calibration or {}
+    result = json.loads((run_dir / RESULT).read_text("utf-8"))
     return {
+        **{key: result[key] for key in MADE_WITH},
         "metrics": headline(run.evaluation),
         **found,
         "quality": quality,

@@ -46,9 +46,9 @@ def test_a_job_is_known_by_the_precision_and_the_weights_that_it_ran_with(
     one, other = ({"mixed_precision": "no", "weights": "0", key: value} for value in ("a", "b"))
 
     def add(made_with: dict[str, str], error: float) -> None:
-        found: dict[str, Any] = {"metrics": {"error_after": error}}
+        found: dict[str, Any] = {**made_with, "metrics": {"error_after": error}}
         monkeypatch.setattr("gossamer.train.study.record.record", lambda _: found)
-        Results(path).add("a", {}, cfg, 1.0, sharing=1, made_with=made_with)
+        Results(path).add("a", {}, cfg, 1.0, sharing=1)
 
     add(one, 0.5)
     assert Results(path).metrics_of(cfg, other) is None
