@@ -61,6 +61,7 @@ class SparseMethod:
                 f"layout={type(self.layout).__name__}: allowed is {needed.__module__}."
                 f"{needed.__name__} with estimator {type(self.estimator).__name__}; set both"
             )
+        self.policy.check_given(getattr(self.estimator, "gives", ()))
 
 
 class DenseAttention(nn.Module):

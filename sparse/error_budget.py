@@ -1,5 +1,6 @@
 """SVG-EAR's routing: the blocks of most error for their cost, within the budget of a Top-p set."""
 
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -68,12 +69,16 @@ class ErrorBudget(Hybrid):
                 "unit=blocks, or policy=token_hybrid for a mass p with blocks of any size"
             )
 
-    def forward(self, scores: BlockScores) -> BlockMask:
-        if scores.mass is None or (self.scope != "row" and scores.error is None):
+    def check_given(self, given: Collection[str]) -> None:
+        """Refuse scores without mass or, beyond a row, without comparable errors."""
+        if "mass" not in given or (self.scope != "row" and "error" not in given):
             raise ValueError(
                 f"policy.scope={self.scope}: allowed is an estimator that gives mass and, beyond a "
                 "row, comparable errors; use estimator=error_aware with kind=output"
             )
+
+    def forward(self, scores: BlockScores) -> BlockMask:
+        self.check_given(scores.given)
         chosen = self._in_rows(scores) if self.scope == "row" else self._beyond_rows(scores)
         if scores.forced is not None:
             chosen = chosen | scores.forced

@@ -217,7 +217,7 @@ def check_grid(grid: TokenGrid, q: Tensor) -> None:
 
 
 def positive(field: str, size: int) -> int:
-    """Return the size as an integer; ValueError unless it is one of at least 1."""
-    if int(size) != size or size < 1:
+    """Return the size; ValueError unless it is an integer of at least 1 that int32 can hold."""
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**31:
         raise ValueError(f"{field}={size}: allowed is an integer of at least 1; e.g. {field}=64")
-    return int(size)
+    return size

@@ -19,6 +19,11 @@ class BlockScores:
     mass: Tensor | None = None  # attention mass where score is another share; rows sum to 1
     error: Tensor | None = None  # fp32 [B, H, Nq], what score shares out: compares across rows
 
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Return what is there beside the score; an estimator names the same in `gives`."""
+        return tuple(name for name in ("mass", "error") if getattr(self, name) is not None)
+
 
 @dataclass(frozen=True, eq=False)
 class BlockMask:

@@ -1,5 +1,7 @@
 """Policies turn block scores into a block mask within a budget."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,9 @@ class Hybrid(Fp32Module):
         self.keep_crossing = keep_crossing
         self.register_buffer("k", _share("k", torch.full((num_heads,), float(k))))
         self.register_buffer("p", _share("p", torch.full((num_heads,), float(p))))
+
+    def check_given(self, given: Collection[str]) -> None:
+        """Refuse scores that give too little beside the score: see BlockScores.given."""
 
     def budget(self) -> tuple[Tensor, Tensor]:
         """Return the present k and p, fp32 [H] or [1]."""

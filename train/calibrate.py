@@ -27,6 +27,7 @@ from gossamer.sparse.layouts.per_head import CLUSTERS, PerHead
 from gossamer.sparse.policies import Hybrid
 from gossamer.sparse.token_share import TokenHybrid
 from gossamer.train.calibration import Calibration
+from gossamer.train.check_masks import check_allocation
 from gossamer.train.error_bound import within_bounds
 from gossamer.train.gauge import Gauge
 from gossamer.train.measured import Measured, Outcome
@@ -112,29 +113,23 @@ class Calibrator:
 
         An error budget is met by bisection of the density, running the sparse model at each step,
         because the errors of single heads predict that of all only roughly.
-        Raises Refusal for an error budget where the policy's own k and p decide, and ValueError for
-        a sparsity that leaves a row no block.
+        Raises Refusal for what the allocation cannot meet (check_allocation), and for a sparsity
+        that leaves a row no block.
         """
+        check_allocation(allocation, self.method.policy, error_budget)
         self.gauge.untune()
         target = 1 - (sparsity or 0.0)
         chosen: dict[str, Any] = {}
         if isinstance(self.method.layout, PerHead):
             chosen |= self._choose_orders(self.method.layout, allocation.measure, target)
         if isinstance(allocation, Fixed):
-            if error_budget is not None:
-                raise Refusal(
-                    "error_budget",
-                    error_budget,
-                    "null with allocation=fixed, where the policy's own k and p decide",
-                    "choose another allocation, or give sparsity instead",
-                )
             shape = len(self.gauge.layers), self.gauge.heads
             k, p = (x.cpu().expand(shape) for x in (self.method.policy.k, self.method.policy.p))
         elif isinstance(allocation, ErrorBound):
-            k, p = within_bounds(self.gauge, allocation, error_budget)
+            k, p = within_bounds(self.gauge, allocation)
             chosen |= {"l1": allocation.l1, "l2": allocation.l2}
         elif isinstance(allocation, OneMass):
-            k, p = self._one_mass(allocation.k, target, error_budget)
+            k, p = self._one_mass(allocation.k, target)
         else:
             found = self.gauge.curves(allocation.measure)
             worth = allocation.worth(found.curves)
@@ -151,27 +146,11 @@ class Calibrator:
                 chosen["bound"] = give_out(worth, found.density.flatten(0, 1), target=target)[1]
         return Budgets(k, p, target, chosen)
 
-    def _one_mass(
-        self, k: float, target: float, error_budget: float | None
-    ) -> tuple[Tensor, Tensor]:
+    def _one_mass(self, k: float, target: float) -> tuple[Tensor, Tensor]:
         """Return k and the largest p of all heads whose mean density is at most the target.
 
         The density is that of the sparse model, which is also the cheaper one to run.
         """
-        if error_budget is not None:
-            raise Refusal(
-                "error_budget",
-                error_budget,
-                "null with allocation=one_mass, which meets a density",
-                "choose another allocation, or give sparsity instead",
-            )
-        if getattr(self.method.policy, "unit", "blocks") == "tokens":
-            raise Refusal(
-                "policy.unit",
-                "tokens",
-                "blocks with allocation=one_mass, which finds a mass p",
-                "set policy=token_hybrid for blocks of any size",
-            )
         floor = torch.full((len(self.gauge.layers), self.gauge.heads), k)
         low, high = 0.0, 1.0
         if float(self.gauge.sparse_density(floor, torch.zeros_like(floor)).mean()) > target + CLOSE:

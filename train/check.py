@@ -197,7 +197,7 @@ def _model_facts(source: ModelSource, model: nn.Module, grid: TokenGrid) -> dict
     layers = list(family_of(model).self_attentions(model))
     heads, width = layers[0][1].heads, model.config.attention_head_dim
     return {
-        "model": getattr(source, "path", type(source).__name__),
+        "model": source.path or type(source).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "attention": f"{len(layers)} layers of {heads} heads, {width} wide",
         "tokens": grid.num_tokens,
@@ -293,12 +293,10 @@ def _planned(stage: str, cfg: DictConfig, plan: Callable[[], Memory], device: to
 
 def _check_export(source: ModelSource, text: TextEncoder) -> None:
     """Refuse what could not be exported after hours: no pipeline to put the transformer into."""
-    path = getattr(source, "path", None)
-    whole = path is not None and (path / "transformer").is_dir() and (path / "vae").is_dir()
-    if not whole and not isinstance(text, HashedWords):
+    if source.pipeline is None and not isinstance(text, HashedWords):
         raise Refusal(
             "model.path",
-            path,
+            source.path,
             "a whole pipeline folder (transformer/, vae/, ...), whose other parts the export takes",
             "give that folder, or leave export out of stages",
         )

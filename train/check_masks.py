@@ -7,7 +7,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from gossamer.sparse.allocation import ErrorBound, Fixed
+from gossamer.sparse.allocation import Allocation, ErrorBound, Fixed, OneMass
 from gossamer.sparse.attach import method_from_spec
 from gossamer.sparse.attention import SparseMethod, check_backend
 from gossamer.sparse.layout import TokenGrid
@@ -16,6 +16,12 @@ from gossamer.sparse.token_share import TokenHybrid
 from gossamer.train.calibration import CALIBRATION
 from gossamer.train.config import build
 from gossamer.train.refusal import Refusal
+
+NO_ERROR_BUDGET = {
+    Fixed: "fixed, where the policy's own k and p decide",
+    OneMass: "one_mass, which meets a density",
+    ErrorBound: "error_bound, whose bounds are allocation.l1 and l2",
+}
 
 
 def is_sparse(cfg: DictConfig) -> bool:
@@ -28,11 +34,21 @@ def check_masks(
 ) -> dict[str, Any]:
     """Refuse masks that cannot have the sparsity, or that no backend runs; return their facts."""
     spec = {n: build(cfg[n]) for n in ("layout", "estimator", "policy", "compensation")}
-    method = method_from_spec({**spec, "backend": cfg.backend})
-    if not isinstance(build(cfg.allocation), Fixed | ErrorBound):
+    try:
+        method = method_from_spec({**spec, "backend": cfg.backend})
+    except ValueError as error:
+        estimator, allowed = type(spec["estimator"]).__name__, "one that the other parts fit"
+        raise Refusal("estimator", estimator, allowed, str(error)) from error
+    allocation = build(cfg.allocation)
+    check_allocation(allocation, method.policy, cfg.error_budget)
+    if not isinstance(allocation, Fixed | ErrorBound):
         _refuse_drifting(method)
-    num_q, num_kv = method.layout.num_blocks(grid)
-    most = _most_sparsity(cfg, method, num_kv)
+    try:
+        num_q, num_kv = method.layout.num_blocks(grid)
+    except ValueError as error:
+        layout, allowed = type(method.layout).__name__, f"one that fits {grid.num_video} tokens"
+        raise Refusal("layout", layout, allowed, str(error)) from error
+    most = _most_sparsity(allocation, method, num_kv)
     if cfg.sparsity is not None and cfg.sparsity > most + 1e-6:  # k is fp32
         kept = f"{(1 - most) * num_kv:.3g} of {num_kv} blocks a row"
         raise Refusal(
@@ -57,12 +73,29 @@ def check_masks(
     }
 
 
+def check_allocation(allocation: Allocation, policy: Any, error_budget: float | None) -> None:
+    """Refuse an allocation that cannot meet an error budget, or that finds a p no policy takes."""
+    own = NO_ERROR_BUDGET.get(type(allocation), "")
+    if error_budget is not None and own:
+        fix = "choose another allocation, or give sparsity instead"
+        raise Refusal("error_budget", error_budget, f"null with allocation={own}", fix)
+    if isinstance(allocation, OneMass | ErrorBound) and _unit(policy) == "tokens":
+        allowed = f"blocks with allocation={own.partition(',')[0]}, which finds a mass p"
+        fix = "set policy=token_hybrid for blocks of any size"
+        raise Refusal("policy.unit", "tokens", allowed, fix)
+
+
+def _unit(policy: Any) -> str:
+    """Return what the policy's k is a share of."""
+    return getattr(policy, "unit", "blocks")
+
+
 def _refuse_drifting(method: SparseMethod) -> None:
     """Refuse budgets that calibration cannot keep: clips differ in the sizes of their clusters."""
     policy = method.policy
     if method.layout.block_shape is not None or isinstance(policy, TokenHybrid | TrainedHybrid):
         return
-    if getattr(policy, "unit", "blocks") == "blocks":
+    if _unit(policy) == "blocks":
         raise Refusal(
             "policy",
             f"{type(policy).__name__} in blocks",
@@ -72,9 +105,9 @@ def _refuse_drifting(method: SparseMethod) -> None:
         )
 
 
-def _most_sparsity(cfg: DictConfig, method: SparseMethod, num_blocks: int) -> float:
+def _most_sparsity(allocation: Allocation, method: SparseMethod, num_blocks: int) -> float:
     """Return the sparsity left by the fewest blocks a row that the budgets can keep."""
-    if not isinstance(build(cfg.allocation), Fixed | ErrorBound):
+    if not isinstance(allocation, Fixed | ErrorBound):
         return 1 - 1 / num_blocks
     return 1 - max(1 / num_blocks, float(method.policy.k[0]))
 

@@ -6,37 +6,19 @@ from torch import Tensor
 from gossamer.sparse.allocation import ErrorBound, least_within
 from gossamer.sparse.filtered_drop import FilteredDrop
 from gossamer.train.gauge import Gauge
-from gossamer.train.refusal import Refusal
 
 P_STEPS = 10  # of bisection: 1 / 1024
 WIDEST_GAP, GAP_STEPS = 50.0, 9  # in logits: about 0.1
 
 
-def within_bounds(
-    gauge: Gauge, allocation: ErrorBound, error_budget: float | None
-) -> tuple[Tensor, Tensor]:
+def within_bounds(gauge: Gauge, allocation: ErrorBound) -> tuple[Tensor, Tensor]:
     """Return the policy's k and each head's least p within the bound, both [L, H].
 
     The gauge's second filter, if the method has one, is tuned after it and stays. Every step
     bisects all heads in one visit: 10 to 19 forward passes over the samples, and as many sparse
-    attentions. Raises Refusal for an error budget, and for a policy that has no p.
+    attentions.
     """
-    if error_budget is not None:
-        raise Refusal(
-            "error_budget",
-            error_budget,
-            "null with allocation=error_bound, whose bounds are allocation.l1 and l2",
-            "choose another allocation, or give the sparsity that you expect",
-        )
-    policy = gauge.method.policy
-    if getattr(policy, "unit", "blocks") == "tokens":
-        raise Refusal(
-            "policy.unit",
-            "tokens",
-            "blocks with allocation=error_bound, which finds a mass p",
-            "set policy=token_hybrid for blocks of any size",
-        )
-    k = policy.k.cpu().repeat(len(gauge.layers), 1).expand(-1, gauge.heads)
+    k = gauge.method.policy.k.cpu().repeat(len(gauge.layers), 1).expand(-1, gauge.heads)
     has_filter = isinstance(gauge.method.compensation, FilteredDrop)
     if has_filter:
         gauge.skip_below = torch.full_like(k, -torch.inf)

@@ -31,8 +31,9 @@ class Shifted:
     shift: float = 3.0
 
     def __post_init__(self) -> None:
-        if not self.shift > 0:
-            raise ValueError(f"shift={self.shift}: allowed is above 0; e.g. noise.shift=3")
+        if not 0 < self.shift < math.inf:
+            allowed = "a finite number above 0"
+            raise ValueError(f"shift={self.shift}: allowed is {allowed}; e.g. noise.shift=3")
 
     def __call__(self, u: Tensor) -> Tensor:
         return shift_levels(u, self.shift)
@@ -44,6 +45,13 @@ class LogNormal:
 
     mean: float = 1.5
     std: float = 1.6
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
+            raise ValueError(
+                f"mean={self.mean}, std={self.std}: allowed are finite numbers, std above 0; "
+                "e.g. noise.mean=1.5 noise.std=1.6"
+            )
 
     def __call__(self, u: Tensor) -> Tensor:
         normal = math.sqrt(2) * torch.erfinv(2 * u.double() - 1)

@@ -28,12 +28,29 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _whole(low: int) -> tuple[str, Callable[[Any], bool]]:
-    return f"a whole number of at least {low}", lambda value: value >= low
+Rule = tuple[str, Callable[[Any], bool]]  # what is allowed, in words and as a test
+MOST = 2**31  # whole numbers are smaller: tensors have no more rows
 
 
-def _finite(value: float) -> bool:
-    return 0 <= value < math.inf
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _whole(low: int) -> Rule:
+    def test(value: Any) -> bool:
+        return isinstance(value, int) and _is_number(value) and low <= value < MOST
+
+    return f"a whole number of at least {low} and below 2**31", test
+
+
+def _null_or(rule: Rule) -> Rule:
+    """Return the rule of a key that may be null; null says no type, so the rule has to."""
+    words, test = rule
+    return f"null or {words}", lambda value: value is None or test(value)
+
+
+def _finite(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < math.inf
 
 
 def _all(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -41,7 +58,7 @@ def _all(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _is_seed(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
+    return isinstance(value, int) and _is_number(value) and 0 <= value < 2**32
 
 
 def _is_run_name(value: str) -> bool:
@@ -55,19 +72,20 @@ def _is_curve(densities: Sequence[float]) -> bool:
 
 
 def _are_buckets(buckets: Sequence[Sequence[int]] | None) -> bool:
-    def is_size(size: Any) -> bool:
-        return isinstance(size, int) and not isinstance(size, bool) and size >= 1
-
     if buckets is None:
         return True
-    sizes = [tuple(bucket) for bucket in buckets]
+    sizes, is_size = [tuple(bucket) for bucket in buckets], _whole(1)[1]
     whole = all(len(size) == 3 and all(map(is_size, size)) for size in sizes)
     return whole and 0 < len(sizes) == len(set(sizes))
 
 
-_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+_ABOVE_0: Rule = ("a finite number above 0", lambda x: _finite(x) and x > 0)
+_SEED: Rule = ("a whole number from 0 to 2**32 - 1", _is_seed)
+_TEXT: Rule = ("a text", lambda value: isinstance(value, str))
+_GIVEN: Rule = ("a text", _null_or(_TEXT)[1])  # null here: still to be given
+_RANGES: dict[str, Rule] = {
     "name": ("a relative folder name without ..", _is_run_name),
-    "seed": ("a whole number from 0 to 2**32 - 1", _is_seed),
+    "seed": _SEED,
     "repeat_seeds": (
         "a list of different seeds from 0 to 2**32 - 1",
         lambda seeds: all(_is_seed(seed) for seed in seeds) and len(set(seeds)) == len(seeds),
@@ -76,15 +94,12 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a number in [0, 1): every query keeps at least one key block",
         lambda value: value is None or 0 <= value < 1,
     ),
-    "error_budget": (
-        "null or a finite number above 0",
-        lambda value: value is None or 0 < value < math.inf,
-    ),
+    "error_budget": _null_or(_ABOVE_0),
     "steps": _whole(1),
     "batch_size": _whole(1),
     "grad_accumulation": _whole(1),
     "sequence_parallel": _whole(1),
-    "optimizer.lr": ("a finite number above 0", lambda lr: 0 < lr < math.inf),
+    "optimizer.lr": _ABOVE_0,
     "optimizer.betas": (
         "two numbers in [0, 1)",
         lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
@@ -106,7 +121,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "max_skipped": _whole(0),
     "loss_spike": ("a number above 1 (.inf: none)", lambda value: value > 1),
     "lora.rank": _whole(0),
-    "lora.alpha": ("null or a finite number above 0", lambda a: a is None or 0 < a < math.inf),
+    "lora.alpha": _null_or(_ABOVE_0),
     "noise_draws": _whole(0),
     "guidance.scale": ("a finite number", math.isfinite),
     "guidance.negative_share": ("a number in [0, 1]", lambda share: 0 <= share <= 1),
@@ -115,17 +130,16 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "calibration.noise_levels": ("numbers in (0, 1]", _all(lambda t: 0 < t <= 1)),
     "calibration.densities": ("two or more rising numbers in (0, 1]", _is_curve),
     "calibration.probes": _whole(1),
-    "calibration.seed": ("null or a seed", lambda seed: seed is None or _is_seed(seed)),
-    "training_data.clips": ("null or a whole number of at least 1", lambda n: n is None or n >= 1),
+    "calibration.path": _null_or(_TEXT),
+    "calibration.seed": _null_or(_SEED),
+    "training_data.clips": _null_or(_whole(1)),
+    "training_data.dir": _null_or(_TEXT),
     "evaluation.clips": _whole(1),
     "evaluation.noise_levels": ("numbers in (0, 1]", _all(lambda t: 0 < t <= 1)),
     "evaluation.sample_clips": _whole(0),
     "evaluation.sample_steps": _whole(1),
     "evaluation.batch_size": _whole(1),
-    "evaluation.kept_videos": (
-        "null or a whole number of at least 0",
-        lambda n: n is None or n >= 0,
-    ),
+    "evaluation.kept_videos": _null_or(_whole(0)),
     "evaluation.extra": (f"some of {', '.join(EXTRA)}", lambda names: {*names} <= {*EXTRA}),
     "evaluation.every": _whole(0),
     "evaluation.every_clips": _whole(1),
@@ -133,14 +147,20 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "data.width": _whole(1),
     "data.frames": _whole(1),
     "data.buckets": ("null or a list of [frames, height, width]", _are_buckets),
-    "data.window": ("null or a whole number of at least 1", lambda n: n is None or n >= 1),
-    "data.cache_gb": ("null or a finite number above 0", lambda n: n is None or 0 < n < math.inf),
+    "data.dir": _null_or(_TEXT),
+    "data.window": _null_or(_whole(1)),
+    "data.cache_gb": _null_or(_ABOVE_0),
     "data.stride": _whole(1),
-    "data.fps": ("null or a finite number above 0", lambda fps: fps is None or 0 < fps < math.inf),
+    "data.fps": _null_or(_ABOVE_0),
     "data.holdout": ("a number in [0, 1)", lambda share: 0 <= share < 1),
     "data.min_motion": ("a finite number of at least 0", _finite),
     "data.augment": _whole(0),
-    "data.max_clips": ("null or a whole number of at least 1", lambda n: n is None or n >= 1),
+    "data.max_clips": _null_or(_whole(1)),
+    "data.source": _GIVEN,
+    "model.path": _GIVEN,
+    "text.path": _GIVEN,
+    "codec.path": _null_or(_TEXT),
+    "teacher.path": _null_or(_TEXT),
 }
 
 

@@ -23,14 +23,14 @@ from gossamer.train.memory_limit import within_memory
 from gossamer.train.processes import accepted, check_alike, on_main, said_once
 from gossamer.train.pulse import Pulse
 from gossamer.train.report import headline
+from gossamer.train.reporting.run import Run
 from gossamer.train.results import EXPORT, check_export, export_stage, report_stage
-from gossamer.train.run_dir import CONFIG, PER_PROCESS, check_run_dir, flat
+from gossamer.train.run_dir import CONFIG, PER_PROCESS, RESULT, check_run_dir, flat
 from gossamer.train.run_lock import RunLock
 from gossamer.train.stages import calibrate_stage, encode_stage, train_stage
 
 log = logging.getLogger(__name__)
 
-RESULT = "result.json"
 STAGES: dict[str, Callable[[Job], None]] = {
     "encode": encode_stage,
     "calibrate": calibrate_stage,
@@ -66,6 +66,7 @@ def run(
         def open_run_dir() -> None:
             stack.enter_context(lock)
             check_run_dir(cfg, job.run_dir)
+            _check_earlier(job)
             check_export(job)
             save_config(cfg, job.run_dir / CONFIG)
 
@@ -84,6 +85,19 @@ def run(
         job.accelerator.wait_for_everyone()
         main = job.accelerator.is_main_process
         return _finish(job, todo, time.monotonic() - start) if main else {}
+
+
+def _check_earlier(job: Job) -> None:
+    """Refuse stages that need what no stage has made, before the folder is this config's."""
+    todo = set(job.stages)
+    if job.is_sparse and "calibrate" not in todo and todo & {"train", "evaluate", "export"}:
+        job.calibration  # noqa: B018 (refuses what is not there)
+    if "train" not in todo:
+        every = job.seeds if job.trains and "evaluate" in todo else []
+        for seed in every or [job.cfg.seed] * ("export" in todo):
+            job.newest_checkpoint(seed)
+    if "report" in todo and "evaluate" not in todo:
+        Run.read(job.run_dir)
 
 
 def _shared_settings(job: Job) -> dict[str, object]:

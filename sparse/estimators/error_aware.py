@@ -20,6 +20,7 @@ class ErrorAware:
         if kind not in KINDS:
             raise ValueError(f"kind={kind}: allowed is {' or '.join(KINDS)}; set kind=output")
         self.kind = kind
+        self.gives = ("mass", "error") if kind == "output" else ("mass",)
 
     @torch.no_grad()
     def __call__(

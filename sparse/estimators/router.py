@@ -1,5 +1,6 @@
 """A learned router: pooled q and k through small projections (SLA2, arXiv 2602.12675)."""
 
+import math
 from copy import deepcopy
 from typing import Self
 
@@ -26,7 +27,7 @@ class Router(Fp32Module):
 
     def __init__(self, *, temperature: float = 0.1, side: int = 8, detach: bool = True) -> None:
         super().__init__()
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(
                 f"temperature={temperature}: allowed is a number above 0; e.g. temperature=0.1"
             )

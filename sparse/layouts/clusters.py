@@ -162,6 +162,7 @@ class SortedClusters(Clusters):
         self.block_shape = self.tiles.block_shape
 
     def num_blocks(self, grid: TokenGrid) -> tuple[int, int]:
+        self.counts(grid)  # refuses more clusters than tokens
         q_layout, kv_layout = self.tiles.build(grid)
         return q_layout.num_blocks, kv_layout.num_blocks
 

@@ -72,6 +72,9 @@ def test_cuda_is_refused_where_there_is_none() -> None:
     assert check_device("auto") == torch.device("cpu")
 
 
+TOKENS = "policy=error_budget", "policy.unit=tokens", "estimator=error_aware"
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -83,6 +86,22 @@ def test_cuda_is_refused_where_there_is_none() -> None:
         (["data.width=520"], "data.width=65 tokens: allowed is at most the model's 64"),
         (["sparsity=0.99"], "sparsity=0.99: allowed is at most 0.9833 (1 of 60 blocks a row"),
         (["sparsity=0.95", "allocation=fixed"], "at most 0.9000 (6 of 60 blocks"),
+        (["allocation=one_mass", "sparsity=null", "error_budget=0.1"], "null with allocation"),
+        (["allocation=one_mass", *TOKENS], "policy.unit=tokens: allowed is blocks"),
+        (
+            ["estimator=head_pattern"],
+            "estimator=HeadPattern: allowed is one that the other parts fit",
+        ),
+        (["policy=error_budget"], "policy.scope=row: allowed is an estimator that gives mass"),
+        (
+            ["layout=semantic_clusters", "layout.num_q=961", "policy=token_hybrid"],
+            "layout=SemanticClusters: allowed is one that fits 960 tokens; num_q=961",
+        ),
+        (["layout=sorted_clusters", "layout.num_kv=961"], "num_kv=961: allowed is at most the 960"),
+        (
+            ["layout=row_major", "layout.q_block=3000000000"],
+            "q_block=3000000000: allowed is",
+        ),
         (["data.source=nowhere.mp4"], "data.source=nowhere.mp4"),
         (["data.holdout=0"], "data.holdout=0: allowed is above 0"),
         (["batch_size=2", "grad_accumulation=3"], "batch_size=2: allowed is a multiple of 3"),

@@ -2,6 +2,7 @@
 
 import inspect
 import random
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from omegaconf import OmegaConf
 
 from gossamer.sparse.construct import allowed_class
 from gossamer.sparse.layout import RowMajor, Tiles
+from gossamer.train import ranges
 from gossamer.train.config import (
+    _dotted,
     build,
     compose,
     fingerprint,
@@ -169,10 +172,30 @@ def test_a_broken_recipe_is_refused(tmp_path: Path, text: str, said: str) -> Non
         ("layout@other=tiles", "another value"),
         ("sparsity=0.8,0.9", "gossamer sweep"),
         ("keep_checkpoints=1", "at least 2"),
+        ("lora.rank=100000000000000000000", "below 2**31"),
+        ("data.max_clips=inf", "null or a whole number of at least 1"),
+        ("data.fps=true", "null or a finite number above 0"),
+        ("calibration.path=7", "null or a text"),
+        ("training_data.dir=[a]", "null or a text"),
+        ("data.source=7", "data.source=7: allowed is a text"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(override: str, said: str) -> None:
     assert said in refuse(override)
+
+
+def test_a_key_that_may_be_null_has_a_rule_of_its_own() -> None:
+    """Its default says no type. Those of the sparse parts are checked by their constructors."""
+    conf = Path(str(files("gossamer.conf")))
+    sparse = {"layout", "estimator", "policy", "compensation", "allocation"}
+    found = set()
+    for file in conf.rglob("*.yaml"):
+        group = "" if file.parent == conf else f"{file.parent.name}."
+        content = OmegaConf.load(file)
+        keys = _dotted(OmegaConf.to_container(content))
+        found |= {group + key for key in keys if OmegaConf.select(content, key) is None}
+    found = {key for key in found if key.partition(".")[0] not in sparse}
+    assert "calibration.path" in found and found <= ranges._RANGES.keys() | ranges._CHOICES.keys()
 
 
 @pytest.mark.parametrize("key", ["data=encoded data.dir", "model=pretrained model.path"])

@@ -1,5 +1,6 @@
 """Noise: each sample's own, along the path that the velocity is the slope of."""
 
+import math
 from statistics import NormalDist
 
 import pytest
@@ -99,3 +100,20 @@ def test_the_noise_of_an_evaluation_depends_on_clip_and_level_only() -> None:
         assert parts[level].t.tolist() == [t, t] or level == 0
         noise = (x - (1 - t) * torch.arange(5.0).view(5, 1, 1, 1, 1)) / t
         assert len({round(float(n.sum()), 3) for n in noise}) == 5
+
+
+@pytest.mark.parametrize(
+    ("levels", "settings"),
+    [
+        (Shifted, {"shift": 0.0}),
+        (Shifted, {"shift": math.inf}),
+        (LogNormal, {"mean": math.nan}),
+        (LogNormal, {"std": 0.0}),
+        (LogNormal, {"std": math.inf}),
+    ],
+)
+def test_a_distribution_of_no_levels_is_refused(
+    levels: type[Shifted | LogNormal], settings: dict[str, float]
+) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(settings))}=.*finite number"):
+        levels(**settings)

@@ -65,7 +65,7 @@ def test_a_wrong_setting_is_refused_before_any_work(
     line = refused(launcher, lab.student(tmp_path, **settings))
     assert all(words in line for words in said), line
     left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
-    assert set(left) <= {"run.lock", "config.yaml"}
+    assert set(left) <= {"run.lock"}
 
 
 @pytest.mark.case("C6")
