@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from gossamer.sparse.attach import check_shared_sequence, family_of
+from gossamer.sparse.filtered_drop import FilteredDrop
 from gossamer.sparse.layout import TokenGrid
 from gossamer.train.check_data import check_data, check_training_data
 from gossamer.train.check_masks import check_masks, is_sparse
@@ -92,6 +93,7 @@ def preflight(
         plan = partial(estimate_calibration, cfg, *sizes, dtype=dtype)
         facts["calibration"] = _planned("calibrate", cfg, plan, device)
     if "train" in stages:
+        _check_backward(cfg)
         build(cfg.optimizer).check()
         build(cfg.tracker).check()
         _check_sequence(cfg, model, grids, launch)
@@ -289,6 +291,13 @@ def _planned(stage: str, cfg: DictConfig, plan: Callable[[], Memory], device: to
                 advice(cfg, stage),
             )
     return f"at most {needed} (compiled blocks keep less)" if is_most else str(needed)
+
+
+def _check_backward(cfg: DictConfig) -> None:
+    if is_sparse(cfg) and isinstance(build(cfg.compensation), FilteredDrop):
+        allowed = "another one where a student is trained: it has no backward"
+        fix = "set compensation=drop, or leave train out of stages"
+        raise Refusal("compensation", "filtered_drop", allowed, fix)
 
 
 def _check_export(source: ModelSource, text: TextEncoder) -> None:

@@ -89,6 +89,10 @@ TOKENS = "policy=error_budget", "policy.unit=tokens", "estimator=error_aware"
         (["allocation=one_mass", "sparsity=null", "error_budget=0.1"], "null with allocation"),
         (["allocation=one_mass", *TOKENS], "policy.unit=tokens: allowed is blocks"),
         (
+            ["compensation=filtered_drop"],
+            "compensation=filtered_drop: allowed is another one where",
+        ),
+        (
             ["estimator=head_pattern"],
             "estimator=HeadPattern: allowed is one that the other parts fit",
         ),
