@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
+from tiny import tiny_pipeline
 
 import gossamer
 from gossamer.sparse.attach import CONFIG_NAME, STATE_NAME, attentions, mask_state
@@ -238,55 +239,14 @@ def test_a_folder_that_is_no_export_is_refused(tmp_path: Path) -> None:
     assert "a LoRA adapter" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.fixture
-def wan_pipeline() -> WanPipeline:
-    """A whole WanPipeline from nothing: two layers, a character tokenizer, random weights."""
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-
-    torch.manual_seed(0)
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    letters = [(chr(code), -3.0) for code in range(33, 127)]
-    tokenizer = Tokenizer(models.Unigram([*pieces, *letters], unk_id=2))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    shape = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
-    return WanPipeline(
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-        ),
-        text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=98, **shape)).eval(),
-        vae=AutoencoderKLWan(
-            base_dim=3,
-            z_dim=16,
-            dim_mult=[1, 1, 1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False, True, True],
-        ).eval(),
-        transformer=WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=24,
-            in_channels=16,
-            out_channels=16,
-            text_dim=32,
-            freq_dim=32,
-            ffn_dim=64,
-            num_layers=2,
-            rope_max_seq_len=64,
-        ).eval(),
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
-    )
-
-
 def test_attaching_and_detaching_leaves_a_stock_pipeline_as_it_was(
-    wan_pipeline: WanPipeline, run: Any, one_thread: None
+    run: Any, one_thread: None
 ) -> None:
-    wan_pipeline.set_progress_bar_config(disable=True)
+    pipeline = tiny_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
 
     def video() -> torch.Tensor:
-        return wan_pipeline(
+        return pipeline(
             prompt="a red ball",
             height=64,
             width=64,
@@ -297,12 +257,12 @@ def test_attaching_and_detaching_leaves_a_stock_pipeline_as_it_was(
             output_type="pt",
         ).frames
 
-    model = wan_pipeline.transformer
+    model = pipeline.transformer
     before, keys = video(), list(model.state_dict())
     processors = {name: id(processor) for name, processor in model.attn_processors.items()}
-    assert gossamer.attach(wan_pipeline, run.folder / "export") is wan_pipeline
+    assert gossamer.attach(pipeline, run.folder / "export") is pipeline
     sparse = video()
-    assert gossamer.detach(wan_pipeline) is wan_pipeline
+    assert gossamer.detach(pipeline) is pipeline
     assert torch.equal(video(), before) and not torch.equal(sparse, before)
     assert list(model.state_dict()) == keys
     assert {name: id(p) for name, p in model.attn_processors.items()} == processors
