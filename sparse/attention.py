@@ -27,7 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 class MaskEstimator(Protocol):
-    """Scores blocks of q, k, v in block order; no gradient, deterministic, no hidden state."""
+    """Scores blocks of q, k, v in block order; no gradient, deterministic, no hidden state.
+
+    It may say what goes with it: `needs_layout`, the class of layout it reads, and `gives`, the
+    names of what its scores hold beside the score (BlockScores.given), which some policies need.
+    """
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, q_layout: BlockLayout, kv_layout: BlockLayout
