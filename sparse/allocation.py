@@ -85,10 +85,11 @@ class EqualError:
 
 
 class WaterFill:
-    """The least sum of errors: each block goes where the hull of the error curve falls most.
+    """The least sum of errors: each block goes where the error falls most.
 
-    No other allocation of hull points is better, so the error should add up over heads, as squared
-    errors of the velocity do to first order.
+    The error should add up over heads, as squared errors of the velocity do to first order. Between
+    the points of the curve's hull it is taken to fall as a power of the density: along lines it
+    would fall evenly, and every budget be one of the few densities that were measured.
     """
 
     measure: Measure | None
@@ -98,10 +99,8 @@ class WaterFill:
 
     def worth(self, curves: Curves) -> Tensor:
         worth = []
-        for density, (x, y) in zip(curves.density, _all_knots(curves, _hull), strict=True):
-            middle = (density[:-1] + density[1:]) / 2
-            right = _right(x, middle)
-            worth.append((y[right - 1] - y[right]) / (x[right] - x[right - 1]))
+        for density, knots in zip(curves.density, _all_knots(curves, _hull), strict=True):
+            worth.append(_fall(*knots, (density[:-1] + density[1:]) / 2))
         return torch.stack(worth).cummin(1)[0]
 
 
@@ -260,6 +259,14 @@ def _interpolate(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
     right = _right(x, at)
     share = (at - x[right - 1]) / (x[right] - x[right - 1])
     return y[right - 1] + share * (y[right] - y[right - 1])
+
+
+def _fall(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
+    """Return how fast y falls: as a power of x between two points, evenly to one without error."""
+    right = _right(x, at)
+    (x0, y0), (x1, y1) = (x[right - 1], y[right - 1]), (x[right], y[right])
+    power = (y0 / y1).log() / (x1 / x0).log()
+    return torch.where(y1 > 0, y0 * (x0 / at) ** power * power / at, (y0 - y1) / (x1 - x0))
 
 
 def _right(x: Tensor, at: Tensor) -> Tensor:

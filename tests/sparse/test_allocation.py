@@ -73,6 +73,16 @@ def test_no_other_allocation_of_convex_curves_has_less_error():
     assert given.tolist() == [1 + int((s >= bound - 1e-12).sum()) for s in slopes]
 
 
+def test_budgets_between_the_measured_densities_are_those_of_a_power_law():
+    scale = torch.tensor([1.0, 4.0, 9.0, 2.25], dtype=torch.float64)
+    density = (torch.arange(1, 101, dtype=torch.float64) / 100).expand(4, -1)
+    points = torch.tensor([2, 5, 10, 20, 40])
+    curves = Curves(density, points, scale[:, None] / (points / 100))  # error = scale / density
+    counts, _ = give_out(WaterFill().worth(curves), density, target=0.15)
+    best = 60 * scale.sqrt() / scale.sqrt().sum()  # where the slopes scale / density^2 are equal
+    assert (counts - best).abs().max() <= 1 and not {*counts.tolist()} & {*points.tolist()}
+
+
 def test_blocks_of_different_sizes_are_weighed_by_what_they_cost():
     # head 0 pays 0.5 for its second block, head 1 only 0.25, for the same gain
     density = torch.tensor([[0.25, 0.75, 1.0], [0.25, 0.5, 1.0]], dtype=torch.float64)
