@@ -71,6 +71,8 @@ def test_a_warm_step_goes_on_from_the_codebook_of_the_one_before():
 class _MapAsMass(MeanPool):
     """The centroid map as score and as mass, which the policy here wants."""
 
+    gives = ("mass",)
+
     def __call__(self, *arguments):
         scores = super().__call__(*arguments)
         return type(scores)(scores.q_layout, scores.kv_layout, scores.score, mass=scores.score)
